@@ -1,0 +1,271 @@
+"""Connections and transactions: who opens one owns it, everything inside only joins it.
+
+A `Transaction` is what domain functions receive. They run statements and never commit. The edges (an API request, an
+activity, a command) open one with `Database`, which also repeats it when Postgres asks for that.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, LiteralString, TypeVar
+from uuid import UUID
+
+import psycopg
+from psycopg import AsyncConnection, sql
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import DictRow, TupleRow, dict_row, tuple_row
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from sqlalchemy import insert
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.sql import ClauseElement
+from sqlmodel import SQLModel
+from sqlmodel.sql.expression import SelectOfScalar
+
+from db import json, tables  # noqa: F401  (registers the tables and how JSON is read and written)
+
+logger = logging.getLogger("scrip.db")
+
+T = TypeVar("T")
+Row = TypeVar("Row", bound=SQLModel)
+
+# Whole transactions are repeated for these; everything they did was rolled back by Postgres.
+REPEATABLE = (
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.SerializationFailure,
+    psycopg.errors.UniqueViolation,
+)
+ATTEMPTS = 4
+_SESSION_OPTIONS = (
+    "-c timezone=UTC -c lock_timeout=5000 -c statement_timeout=60000 -c idle_in_transaction_session_timeout=120000"
+)
+_DIALECT = PGDialect_psycopg(paramstyle="pyformat")  # type: ignore[no-untyped-call]
+
+
+class DatabaseUnavailable(Exception):
+    """Postgres is out of reach, or too busy to serve this call in time. Nothing was done."""
+
+
+@dataclass(slots=True)
+class Transaction:
+    """An open transaction of one organization: the connection, who asked, and the instant it all happens at."""
+
+    connection: AsyncConnection[Any]
+    organization_id: UUID
+    now: datetime
+    api_key_id: UUID | None = None
+    request_id: str | None = None
+    _last_statement: sql.Composable | None = None
+    _after_commit: list[Callable[[], None]] = field(default_factory=list)
+
+    async def execute(self, query: LiteralString, params: Any = None) -> psycopg.AsyncCursor[TupleRow]:
+        """Run one statement; rows come as tuples."""
+        return await self.connection.execute(query, params)
+
+    async def rows(self, query: LiteralString, params: Any = None) -> list[DictRow]:
+        """Run one query; rows come as dicts."""
+        async with self.connection.cursor(row_factory=dict_row) as cursor:
+            await cursor.execute(query, params)
+            return await cursor.fetchall()
+
+    async def row(self, query: LiteralString, params: Any = None) -> DictRow | None:
+        """Run one query; its first row as a dict, or None."""
+        rows = await self.rows(query, params)
+        return rows[0] if rows else None
+
+    async def all(self, statement: SelectOfScalar[Row]) -> list[Row]:
+        """Run a SQLModel `select(Table)` and return its rows as objects of the table."""
+        entity: type[Row] = statement.column_descriptions[0]["entity"]
+        query, params = _compile(statement)
+        return [entity(**row) for row in await self.rows(query, params)]
+
+    async def first(self, statement: SelectOfScalar[Row]) -> Row | None:
+        """Run a SQLModel `select(Table)` and return its first row, or None."""
+        rows = await self.all(statement)
+        return rows[0] if rows else None
+
+    async def run(self, statement: ClauseElement) -> int:
+        """Run an SQLAlchemy insert, update or delete; the number of rows it touched."""
+        query, params = _compile(statement)
+        return (await self.execute(query, params)).rowcount
+
+    async def insert(self, row: SQLModel) -> None:
+        """Insert one row of a table."""
+        await self.run(insert(type(row)).values(row.model_dump()))
+
+    def commit_with(self, statement: sql.Composable) -> None:
+        """Send `statement` together with the commit, in one message.
+
+        For the statement that takes the organization's chain head: its lock then lasts as short as can be, and no
+        scheduling on our side lengthens it.
+        """
+        assert self._last_statement is None, "a transaction seals once"
+        self._last_statement = statement
+
+    def after_commit(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once the transaction has committed; never if it rolls back."""
+        self._after_commit.append(callback)
+
+    async def _commit(self) -> None:
+        if self._last_statement is None:
+            await self.connection.execute("commit")
+        else:
+            await self.connection.execute(sql.SQL("{}; commit").format(self._last_statement))
+        for callback in self._after_commit:
+            callback()
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """What an API key stands for. Rates are requests per second and burst."""
+
+    api_key_id: UUID
+    organization_id: UUID
+    rate_per_second: int
+    rate_burst: int
+
+
+class Database:
+    """A bounded pool of connections to Postgres and the transactions on it."""
+
+    def __init__(self, url: str, *, size: int, timeout_s: float, clock: Callable[[], datetime]) -> None:
+        self.clock = clock
+        self._pool: AsyncConnectionPool[AsyncConnection[TupleRow]] = AsyncConnectionPool(
+            conninfo(url),
+            min_size=1,
+            max_size=size,
+            timeout=timeout_s,
+            max_waiting=1_000,
+            open=False,
+            kwargs={"autocommit": True, "row_factory": tuple_row},
+            reconnect_timeout=30,
+            name="scrip",
+        )
+
+    async def open(self) -> None:
+        """Start the pool; returns without waiting for Postgres, which may come up later."""
+        await self._pool.open(wait=False)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._pool.close(timeout=5)
+
+    @asynccontextmanager
+    async def transaction(
+        self,
+        organization_id: UUID,
+        *,
+        api_key_id: UUID | None = None,
+        request_id: str | None = None,
+    ) -> AsyncIterator[Transaction]:
+        """One transaction of `organization_id`: committed at the end of the block, rolled back on any exception.
+
+        Raises DatabaseUnavailable when no connection can be had.
+        """
+        begin = sql.SQL("begin; select set_config('app.org', {}, true)").format(sql.Literal(str(organization_id)))
+        async with self._begun(begin) as (connection, _):
+            tx = Transaction(connection, organization_id, self.clock(), api_key_id, request_id)
+            yield tx
+            await tx._commit()
+
+    @asynccontextmanager
+    async def login(self, key_hash: bytes, request_id: str) -> AsyncIterator[tuple[Transaction, Login] | None]:
+        """One transaction of the organization that the API key with this SHA-256 belongs to; None for no such key.
+
+        The key is looked up in the message that begins the transaction, so authentication costs no round trip and a
+        revoked key is refused from the very next request on.
+        """
+        begin = sql.SQL("begin; select * from login({})").format(sql.Literal(key_hash))
+        async with self._begun(begin) as (connection, found):
+            if found is None:
+                yield None
+                await connection.execute("rollback")
+                return
+            login = Login(*found)
+            tx = Transaction(connection, login.organization_id, self.clock(), login.api_key_id, request_id)
+            yield tx, login
+            await tx._commit()
+
+    async def repeat(self, organization_id: UUID, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        """Run `work` in a transaction, repeated when Postgres reports a conflict; the result of the one that held.
+
+        Raises DatabaseUnavailable after four conflicts in a row.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                async with self.transaction(organization_id) as tx:
+                    return await work(tx)
+            except REPEATABLE as error:
+                logger.info("transaction repeated", extra={"attempt": attempt, "reason": str(error)})
+        raise DatabaseUnavailable("too many conflicting transactions")
+
+    async def system_rows(self, query: LiteralString, params: Sequence[Any] = ()) -> list[TupleRow]:
+        """Run one query outside every organization: it sees only what a security-definer function shows."""
+        async with self._connection() as connection:
+            return await (await connection.execute(query, params)).fetchall()
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AsyncConnection[TupleRow]]:
+        try:
+            async with self._pool.connection() as connection:
+                yield connection
+        except PoolTimeout as error:
+            raise DatabaseUnavailable(f"no database connection: {error}") from error
+
+    @asynccontextmanager
+    async def _begun(self, begin: sql.Composed) -> AsyncIterator[tuple[AsyncConnection[TupleRow], TupleRow | None]]:
+        """A connection on which `begin; select ...` ran, with the row of that select."""
+        connection, found = await self._take(begin)
+        try:
+            yield connection, found
+        except BaseException as error:
+            await _rollback(connection)
+            if isinstance(error, psycopg.OperationalError) and not isinstance(error, REPEATABLE):
+                # Lock and statement timeouts, a lost connection, a full disk: repeating at once would not help.
+                raise DatabaseUnavailable(str(error).strip()) from error
+            raise
+        finally:
+            await self._pool.putconn(connection)
+
+    async def _take(self, begin: sql.Composed) -> tuple[AsyncConnection[TupleRow], TupleRow | None]:
+        # Connections that died while they lay in the pool show it at their first statement: nothing was done yet.
+        for _ in range(self._pool.max_size + 1):
+            try:
+                connection = await self._pool.getconn()
+            except PoolTimeout as error:
+                raise DatabaseUnavailable(f"no database connection: {error}") from error
+            try:
+                cursor = await connection.execute(begin)
+                cursor.nextset()
+                return connection, await cursor.fetchone()
+            except BaseException as error:
+                lost = connection.closed
+                await _rollback(connection)
+                await self._pool.putconn(connection)
+                if not (isinstance(error, psycopg.OperationalError) and lost):
+                    raise
+        raise DatabaseUnavailable("the database closes its connections")
+
+
+def conninfo(url: str) -> str:
+    """`url` with the session settings that every connection of ours has."""
+    return make_conninfo(url, options=_SESSION_OPTIONS, application_name="scrip", connect_timeout=5)
+
+
+async def _rollback(connection: AsyncConnection[TupleRow]) -> None:
+    if connection.closed:
+        return
+    try:
+        await connection.execute("rollback")
+    except psycopg.Error:
+        await connection.close()
+
+
+def _compile(statement: ClauseElement) -> tuple[str, dict[str, Any]]:
+    compiled = statement.compile(dialect=_DIALECT, compile_kwargs={"render_postcompile": True})
+    processors = compiled._bind_processors  # type: ignore[attr-defined]
+    params = dict(compiled.params)
+    return str(compiled), {
+        name: processors[name](value) if name in processors else value for name, value in params.items()
+    }

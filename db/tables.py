@@ -1,0 +1,499 @@
+"""Every table of Scrip, as SQLModel classes: the source of the migrations and the rows of the resource queries.
+
+Conventions (docs/decisions/0003-database.md):
+
+- Every tenant table carries `organization_id`, begins every index with it, and is guarded by row-level security.
+- Primary keys are `(organization_id, id)`, so that the policy's predicate and the key are one index condition.
+- The hot tables (event, journal_entry, posting and the state tables) have no foreign keys: what they point to can
+  never be deleted, as the application role has no DELETE on it.
+"""
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, ClassVar
+from uuid import UUID
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Column,
+    DateTime,
+    ForeignKeyConstraint,
+    Index,
+    LargeBinary,
+    Numeric,
+    SmallInteger,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSON, JSONB
+from sqlmodel import Field, SQLModel
+
+NAMING = {
+    "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+    "uq": "%(table_name)s_%(column_0_N_name)s_key",
+    "ck": "%(table_name)s_%(constraint_name)s_check",
+    "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+    "pk": "%(table_name)s_pkey",
+}
+SQLModel.metadata.naming_convention = NAMING
+
+
+def _instant(nullable: bool = False) -> Any:
+    return Field(default=None, sa_type=DateTime(timezone=True), nullable=nullable)
+
+
+def _text(nullable: bool = False, primary_key: bool = False) -> Any:
+    return Field(default=None, sa_type=Text, nullable=nullable, primary_key=primary_key)
+
+
+def _number(nullable: bool = False) -> Any:
+    return Field(default=None, sa_type=Numeric, nullable=nullable)
+
+
+def _big(nullable: bool = False) -> Any:
+    return Field(default=None, sa_type=BigInteger, nullable=nullable)
+
+
+def _of(table: str, *columns: str) -> ForeignKeyConstraint:
+    """A foreign key within the tenant: it cannot point into another organization."""
+    return ForeignKeyConstraint(["organization_id", *columns], [f"{table}.organization_id", f"{table}.id"])
+
+
+class Organization(SQLModel, table=True):
+    """A tenant. Managed by the command line only."""
+
+    __tablename__: ClassVar[str] = "organization"
+
+    id: UUID = Field(primary_key=True)
+    name: str = _text()
+    rate_per_second: int = Field(default=10_000)
+    rate_burst: int = Field(default=20_000)
+    created_at: datetime = _instant()
+
+
+class ApiKey(SQLModel, table=True):
+    """A credential of an organization; only the SHA-256 of the secret is stored. Contract: basics.md 3."""
+
+    __tablename__: ClassVar[str] = "api_key"
+    __table_args__ = (
+        ForeignKeyConstraint(["organization_id"], ["organization.id"]),
+        UniqueConstraint("key_hash"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    name: str = _text()
+    key_hash: bytes = Field(sa_type=LargeBinary)
+    hint: str = _text()
+    created_at: datetime = _instant()
+    revoked_at: datetime | None = _instant(nullable=True)
+
+
+class Program(SQLModel, table=True):
+    """The container of rules, assets and participants, and the holder of a wallet. Contract: basics.md 5."""
+
+    __tablename__: ClassVar[str] = "program"
+    __table_args__ = (
+        ForeignKeyConstraint(["organization_id"], ["organization.id"]),
+        Index(None, "organization_id", "created_at", "id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    name: str = _text()
+    description: str | None = _text(nullable=True)
+    status: str = _text()
+    on_unknown_participant: str = _text()
+    redemption_target_type: str = _text()
+    redemption_target_entity_id: UUID | None = Field(default=None)
+    rules_version: int = _big()
+    processing_paused: bool = Field(default=False)
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+    deleted_at: datetime | None = _instant(nullable=True)
+
+
+class Lane(SQLModel, table=True):
+    """One row per program: until when a worker promises to look for its events without being woken."""
+
+    __tablename__: ClassVar[str] = "lane"
+    __table_args__ = (_of("program", "program_id"),)
+
+    organization_id: UUID = Field(primary_key=True)
+    program_id: UUID = Field(primary_key=True)
+    drained_until: datetime | None = _instant(nullable=True)
+
+
+class Asset(SQLModel, table=True):
+    """A unit of value. Contract: basics.md 6."""
+
+    __tablename__: ClassVar[str] = "asset"
+    __table_args__ = (
+        ForeignKeyConstraint(["organization_id"], ["organization.id"]),
+        Index("asset_symbol_key", "organization_id", text("lower(symbol)"), unique=True),
+        Index(None, "organization_id", "created_at", "id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    name: str = _text()
+    symbol: str = _text()
+    inventory_mode: str = _text()
+    issuance_policy: str = _text()
+    scale: int = Field(sa_type=SmallInteger)
+    max_transaction_amount: Decimal | None = _number(nullable=True)
+    status: str = _text()
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+    deleted_at: datetime | None = _instant(nullable=True)
+
+
+class ProgramAsset(SQLModel, table=True):
+    """The link that lets a program use an asset. Contract: basics.md 5.10."""
+
+    __tablename__: ClassVar[str] = "program_asset"
+    __table_args__ = (
+        _of("program", "program_id"),
+        _of("asset", "asset_id"),
+        Index(None, "organization_id", "asset_id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    program_id: UUID = Field(primary_key=True)
+    asset_id: UUID = Field(primary_key=True)
+    created_at: datetime = _instant()
+
+
+class Participant(SQLModel, table=True):
+    """An end user of the customer's system. Contract: holders.md 3."""
+
+    __tablename__: ClassVar[str] = "participant"
+    __table_args__ = (
+        ForeignKeyConstraint(["organization_id"], ["organization.id"]),
+        UniqueConstraint("organization_id", "external_id"),
+        Index(None, "organization_id", "created_at", "id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    external_id: str = _text()
+    status: str = _text()
+    email: str | None = _text(nullable=True)
+    phone: str | None = _text(nullable=True)
+    first_name: str | None = _text(nullable=True)
+    last_name: str | None = _text(nullable=True)
+    display_name: str | None = _text(nullable=True)
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+
+
+class Enrollment(SQLModel, table=True):
+    """A participant's membership in a program, with a status of its own. Contract: holders.md 3.3."""
+
+    __tablename__: ClassVar[str] = "enrollment"
+    __table_args__ = (Index(None, "organization_id", "participant_id"),)
+
+    organization_id: UUID = Field(primary_key=True)
+    program_id: UUID = Field(primary_key=True)
+    participant_id: UUID = Field(primary_key=True)
+    status: str = _text()
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+
+
+class Tag(SQLModel, table=True):
+    """A flag on a participant, group or program, lower-case. Contract: holders.md 5.1."""
+
+    __tablename__: ClassVar[str] = "tag"
+
+    organization_id: UUID = Field(primary_key=True)
+    entity_id: UUID = Field(primary_key=True)
+    tag: str = _text(primary_key=True)
+    created_at: datetime = _instant()
+
+
+class Attribute(SQLModel, table=True):
+    """A key-value string on a participant, group or program. Contract: holders.md 5.2."""
+
+    __tablename__: ClassVar[str] = "attribute"
+
+    organization_id: UUID = Field(primary_key=True)
+    entity_id: UUID = Field(primary_key=True)
+    key: str = _text(primary_key=True)
+    value: str = _text()
+    updated_at: datetime = _instant()
+
+
+class Counter(SQLModel, table=True):
+    """An exact number on a participant, group or program, with an optional reset window. Contract: holders.md 5.3.
+
+    `reset_after` is the Go-style text as it was sent; `last_reset_at` is when the window began.
+    """
+
+    __tablename__: ClassVar[str] = "counter"
+
+    organization_id: UUID = Field(primary_key=True)
+    entity_id: UUID = Field(primary_key=True)
+    key: str = _text(primary_key=True)
+    value: Decimal = Field(sa_type=Numeric(38, 18))
+    reset_after: str | None = _text(nullable=True)
+    last_reset_at: datetime = _instant()
+
+
+class StateHistory(SQLModel, table=True):
+    """One change of a tag, attribute, counter or tier. Contract: holders.md 5.5."""
+
+    __tablename__: ClassVar[str] = "state_history"
+
+    organization_id: UUID = Field(primary_key=True)
+    entity_id: UUID = Field(primary_key=True)
+    changed_at: datetime = Field(sa_type=DateTime(timezone=True), primary_key=True)
+    id: UUID = Field(primary_key=True)
+    state_type: str = _text()
+    key: str = _text()
+    operation: str = _text()
+    old_value: str | None = _text(nullable=True)
+    new_value: str | None = _text(nullable=True)
+    event_id: UUID | None = Field(default=None)
+    rule_id: UUID | None = Field(default=None)
+    api_key_id: UUID | None = Field(default=None)
+    program_id: UUID | None = Field(default=None)
+
+
+class Rule(SQLModel, table=True):
+    """A CEL condition and its actions. Contract: rules-and-events.md 2. `rule_order` is the contract's `order`."""
+
+    __tablename__: ClassVar[str] = "rule"
+    __table_args__ = (
+        _of("program", "program_id"),
+        Index(
+            "rule_active_order_key",
+            "organization_id",
+            "program_id",
+            "rule_order",
+            unique=True,
+            postgresql_where=text("status = 'ACTIVE'"),
+        ),
+        Index(None, "organization_id", "program_id", "rule_order", "id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    program_id: UUID
+    name: str = _text()
+    description: str | None = _text(nullable=True)
+    condition: str = _text()
+    actions: list[dict[str, Any]] = Field(sa_column=Column(JSON, nullable=False))
+    rule_order: int = _big()
+    stop_after_match: bool
+    active_from: datetime | None = _instant(nullable=True)
+    active_to: datetime | None = _instant(nullable=True)
+    status: str = _text()
+    history_id: UUID
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+    deleted_at: datetime | None = _instant(nullable=True)
+
+
+class RuleHistory(SQLModel, table=True):
+    """One version of a rule with its full snapshot. Contract: rules-and-events.md 2.5."""
+
+    __tablename__: ClassVar[str] = "rule_history"
+    __table_args__ = (
+        _of("rule", "rule_id"),
+        Index(None, "organization_id", "rule_id", "changed_at", "id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    rule_id: UUID
+    program_id: UUID
+    change_type: str = _text()
+    changed_at: datetime = _instant()
+    changed_by_api_key_id: UUID | None = Field(default=None)
+    changes: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    snapshot: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+
+
+class Event(SQLModel, table=True):
+    """A signal that triggers rules, and its place in the queue. Contract: rules-and-events.md 7.
+
+    `seq` is the order of acceptance. `due_at` is null for an event that may be processed at once and a time for one
+    that waits. `attempts` counts charged attempts; `starts` counts how often a worker that was lost had begun it.
+    """
+
+    __tablename__: ClassVar[str] = "event"
+    __table_args__ = (
+        Index(
+            "event_ready_idx",
+            "organization_id",
+            "program_id",
+            "seq",
+            postgresql_where=text("status in ('RECEIVED', 'PENDING') and due_at is null"),
+        ),
+        Index(
+            "event_waiting_idx",
+            "organization_id",
+            "program_id",
+            "due_at",
+            "seq",
+            postgresql_where=text("status in ('RECEIVED', 'PENDING') and due_at is not null"),
+        ),
+        Index(
+            "event_failed_idx",
+            "organization_id",
+            "program_id",
+            "created_at",
+            "id",
+            postgresql_where=text("status = 'FAILED'"),
+        ),
+        Index(None, "organization_id", "created_at", "id"),
+        Index(None, "organization_id", "participant_id", "created_at", "id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    program_id: UUID
+    seq: int = _big()
+    participant_id: UUID | None = Field(default=None)
+    external_id: str | None = _text(nullable=True)
+    recipient_id: UUID | None = Field(default=None)
+    recipient_external_id: str | None = _text(nullable=True)
+    idempotency_key: str = _text()
+    payload_hash: bytes = Field(sa_type=LargeBinary)
+    event_type: str = _text()
+    event_data: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    event_timestamp: datetime = _instant()
+    received_at: datetime = _instant()
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+    processed_at: datetime | None = _instant(nullable=True)
+    status: str = _text()
+    error_message: str | None = _text(nullable=True)
+    depth: int = Field(default=0, sa_type=SmallInteger)
+    attempts: int = Field(default=0, sa_type=SmallInteger)
+    starts: int = Field(default=0, sa_type=SmallInteger)
+    due_at: datetime | None = _instant(nullable=True)
+    evaluations: list[dict[str, Any]] | None = Field(default=None, sa_column=Column(JSON, nullable=True))
+    matched_rule_ids: list[UUID] | None = Field(default=None, sa_column=Column(ARRAY(Uuid), nullable=True))
+    api_key_id: UUID | None = Field(default=None)
+    request_id: str | None = _text(nullable=True)
+
+
+class Account(SQLModel, table=True):
+    """A place where value lies: one entity, one asset, one bucket. Contract: holders.md 8.1.
+
+    `entity_id` is null for the system accounts, of which an asset has three.
+    """
+
+    __tablename__: ClassVar[str] = "account"
+    __table_args__ = (
+        Index(
+            "account_coordinates_key",
+            "organization_id",
+            "entity_id",
+            "asset_id",
+            "bucket",
+            "entity_type",
+            unique=True,
+            postgresql_nulls_not_distinct=True,
+        ),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    entity_type: str = _text()
+    entity_id: UUID | None = Field(default=None)
+    asset_id: UUID
+    bucket: str = _text()
+
+
+class JournalEntry(SQLModel, table=True):
+    """One sealed operation of the ledger, never changed. Contract: holders.md 8, README.md "Hash chain"."""
+
+    __tablename__: ClassVar[str] = "journal_entry"
+    __table_args__ = (
+        UniqueConstraint("organization_id", "sequence"),
+        Index(None, "organization_id", "program_id", "sequence"),
+        Index(
+            "journal_entry_event_idx",
+            "organization_id",
+            "event_id",
+            postgresql_where=text("event_id is not null"),
+        ),
+        Index(
+            "journal_entry_rule_idx",
+            "organization_id",
+            "rule_id",
+            "sequence",
+            postgresql_where=text("rule_id is not null"),
+        ),
+        Index(
+            "journal_entry_reference_idx",
+            "organization_id",
+            "reference_id",
+            "sequence",
+            postgresql_where=text("reference_id is not null"),
+        ),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    sequence: int = _big()
+    program_id: UUID
+    action_type: str = _text()
+    description: str | None = _text(nullable=True)
+    event_id: UUID | None = Field(default=None)
+    rule_id: UUID | None = Field(default=None)
+    reference_id: str | None = _text(nullable=True)
+    api_key_id: UUID | None = Field(default=None)
+    request_id: str | None = _text(nullable=True)
+    created_at: datetime = _instant()
+    prev_hash: bytes = Field(sa_type=LargeBinary)
+    entry_hash: bytes = Field(sa_type=LargeBinary)
+    hash_version: int = Field(default=1, sa_type=SmallInteger)
+
+
+class Posting(SQLModel, table=True):
+    """One signed line of an entry. `version` and `balance` are its account's after it; null on system accounts."""
+
+    __tablename__: ClassVar[str] = "posting"
+    __table_args__ = (Index("posting_version_key", "organization_id", "account_id", text("version desc"), unique=True),)
+
+    organization_id: UUID = Field(primary_key=True)
+    entry_id: UUID = Field(primary_key=True)
+    ordinal: int = Field(sa_type=SmallInteger, primary_key=True)
+    id: UUID
+    account_id: UUID
+    asset_id: UUID
+    amount: Decimal = _number()
+    version: int | None = _big(nullable=True)
+    balance: Decimal | None = _number(nullable=True)
+
+
+class ChainHead(SQLModel, table=True):
+    """The newest entry of an organization's hash chain; its row lock orders the ledger."""
+
+    __tablename__: ClassVar[str] = "chain_head"
+
+    organization_id: UUID = Field(primary_key=True)
+    sequence: int = _big()
+    hash: bytes = Field(sa_type=LargeBinary)
+    created_at: datetime = _instant()
+
+
+class IdempotencyKey(SQLModel, table=True):
+    """A consumed key, what was asked and what came of it. Contract: README.md "Idempotency"."""
+
+    __tablename__: ClassVar[str] = "idempotency_key"
+
+    organization_id: UUID = Field(primary_key=True)
+    program_id: UUID = Field(primary_key=True)
+    operation: str = _text(primary_key=True)
+    key: str = _text(primary_key=True)
+    payload_hash: bytes = Field(sa_type=LargeBinary)
+    result: dict[str, Any] = Field(sa_column=Column(JSONB, nullable=False))
+    created_at: datetime = _instant()

@@ -1,0 +1,1 @@
+"""The business, one module per concept; it knows neither HTTP nor workflows."""
