@@ -1,6 +1,5 @@
 """Everything an operator can configure, read from `SCRIP_*` environment variables (docs/configuration.md)."""
 
-from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,6 +36,9 @@ class Settings(BaseSettings):
         default=5.0, gt=0, le=60, description="How long a call may wait for Temporal before it answers 503."
     )
 
+    worker_drains: int = Field(
+        default=16, ge=1, le=200, description="Programs whose events one worker processes at once."
+    )
     retry_schedule_s: tuple[float, ...] = Field(
         default=(2, 4, 8, 16, 32), description="Waits between processing attempts of an event, in seconds."
     )
@@ -55,12 +57,6 @@ class Settings(BaseSettings):
     )
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     log_format: str = Field(default="json", pattern="^(json|console)$")
-
-    def retry_wait(self, attempt: int) -> timedelta:
-        """The wait after the failed attempt number `attempt` (1 is the first). Contract: rules-and-events.md 7.6."""
-        if not self.retry_schedule_s:
-            return timedelta(0)
-        return timedelta(seconds=self.retry_schedule_s[min(attempt, len(self.retry_schedule_s)) - 1])
 
 
 @lru_cache(maxsize=1)

@@ -13,6 +13,11 @@ def dumps(value: Any) -> bytes:
     return orjson.dumps(value, default=_default)
 
 
+def parameter(value: Any) -> str:
+    """`value` as JSON for a parameter that the statement casts to `json`."""
+    return dumps(value).decode()
+
+
 def loads(text: bytes | str) -> Any:
     """The value in JSON text that came out of the database: numbers as Decimals, nothing checked again."""
     return _DECODER.decode(text if isinstance(text, str) else text.decode())

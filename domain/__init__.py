@@ -1,1 +1,1 @@
-"""The business, one module per concept; it knows neither HTTP nor workflows."""
+"""The business of Scrip: one module per concept, testable without HTTP and without Temporal."""

@@ -43,37 +43,45 @@ create trigger posting_append_only before update or delete or truncate on postin
     for each statement execute function refuse_change();
 
 -- Postings come first, all of an entry in one statement; then the entry seals them. So each statement of postings
--- must sum to zero per entry and asset, and none may join an entry that is sealed already.
-create function guard_postings() returns trigger language plpgsql as $$
+-- must sum to zero per entry and asset, and none may join an entry that is sealed already. The look-ups go through the
+-- primary keys whatever the statistics say: a young table's would suggest reading all of it, for every batch.
+create function guard_postings() returns trigger language plpgsql set enable_seqscan = off as $$
 declare
     offender uuid;
+    entries record;
 begin
     select p.entry_id into offender from inserted p
         group by p.organization_id, p.entry_id, p.asset_id having sum(p.amount) <> 0 limit 1;
     if found then
         raise exception 'postings of entry % do not sum to zero', offender using errcode = 'check_violation';
     end if;
-    select p.entry_id into offender from inserted p
-        join journal_entry e on e.organization_id = p.organization_id and e.id = p.entry_id limit 1;
-    if found then
-        raise exception 'entry % is sealed already', offender using errcode = 'restrict_violation';
-    end if;
+    for entries in select organization_id, array_agg(distinct entry_id) as ids from inserted group by organization_id
+    loop
+        select e.id into offender from journal_entry e
+            where e.organization_id = entries.organization_id and e.id = any(entries.ids) limit 1;
+        if found then
+            raise exception 'entry % is sealed already', offender using errcode = 'restrict_violation';
+        end if;
+    end loop;
     return null;
 end $$;
 
 create trigger posting_guard after insert on posting referencing new table as inserted
     for each statement execute function guard_postings();
 
-create function guard_entries() returns trigger language plpgsql as $$
+create function guard_entries() returns trigger language plpgsql set enable_seqscan = off as $$
 declare
-    offender uuid;
+    entries record;
+    with_postings bigint;
 begin
-    select e.id into offender from inserted e
-        where not exists (
-            select from posting p where p.organization_id = e.organization_id and p.entry_id = e.id) limit 1;
-    if found then
-        raise exception 'entry % has no postings', offender using errcode = 'check_violation';
-    end if;
+    for entries in select organization_id, array_agg(id) as ids, count(*) as n from inserted group by organization_id
+    loop
+        select count(*) into with_postings from posting p
+            where p.organization_id = entries.organization_id and p.entry_id = any(entries.ids) and p.ordinal = 0;
+        if with_postings <> entries.n then
+            raise exception '% entries have no postings', entries.n - with_postings using errcode = 'check_violation';
+        end if;
+    end loop;
     return null;
 end $$;
 

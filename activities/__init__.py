@@ -1,0 +1,1 @@
+"""The steps that workflows call: thin, idempotent, each its own transaction or several."""

@@ -1,0 +1,67 @@
+"""Activities of event processing. Contract: rules-and-events.md 7."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from temporalio import activity
+
+from db.session import Database
+from domain import limits
+from domain.clock import Clock
+from domain.events.drain import drain
+from domain.events.retries import RetryPolicy
+
+logger = logging.getLogger("scrip.events")
+
+
+@dataclass(frozen=True)
+class DrainRequest:
+    """Which queue to drain."""
+
+    organization_id: UUID
+    program_id: UUID
+
+
+@dataclass(frozen=True)
+class DrainReport:
+    """What was done, and when the next event falls due; None means not before somebody wakes the workflow."""
+
+    events: int
+    completed: int
+    failed: int
+    next_due_at: datetime | None
+
+
+class EventActivities:
+    """The draining activity and what it needs. It runs in a thread with a connection and an event loop of its own:
+    applying events is computation, and heartbeats and workflow tasks must go on beside it.
+    """
+
+    def __init__(self, database_url: str, clock: Clock, retries: RetryPolicy) -> None:
+        self._database_url = database_url
+        self._clock = clock
+        self._retries = retries
+
+    @activity.defn
+    def drain_events(self, request: DrainRequest) -> DrainReport:
+        """Process the program's due events until its queue has been dry for a moment, for at most ten seconds.
+
+        An attempt that follows a lost one works in batches a quarter as large, so that an event that brings the worker
+        down is found. Raises what the database raises; Temporal repeats the activity.
+        """
+        return asyncio.run(self._drain(request))
+
+    async def _drain(self, request: DrainRequest) -> DrainReport:
+        first_limit = max(1, limits.BATCH_EVENTS // 4 ** min(activity.info().attempt - 1, 8))
+        database = Database(self._database_url, size=1, timeout_s=10, clock=self._clock)
+        await database.open()
+        try:
+            result = await drain(
+                database, request.organization_id, request.program_id, self._retries, activity.heartbeat, first_limit
+            )
+        finally:
+            await database.close()
+        return DrainReport(result.events, result.completed, result.failed, result.next_due_at)

@@ -1,0 +1,1 @@
+"""Events: ingestion, the queue, and their application to state and ledger in batches."""

@@ -1,0 +1,347 @@
+"""Checking the ledger: the newest entries in one snapshot, or the whole chain from genesis in pages.
+
+Every hash is computed again in Python from what is stored, with nothing from `seal_entries`, the database's function
+that computed it first. Contract: endpoints.md "GET /v1/reports/integrity", holders.md 8.4, README.md "Hash chain".
+
+The whole chain is a `Walk`: a small value that `advance` moves on by one page, so that a request walks in one
+transaction, a command in one per page, and either can show its progress. Its target is the head as it was at the
+start: entries written meanwhile belong to the next walk. Per page it also ties each posting to the one before it in its
+account (version + 1, balance + amount); from genesis on, that is the same as folding every account from zero.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal, DecimalException
+from itertools import groupby
+from operator import attrgetter
+from typing import LiteralString, NamedTuple, ParamSpec
+from uuid import UUID
+
+from db.session import Transaction
+from domain import limits
+from domain.errors import Refusal
+from domain.ledger.canonical import GENESIS_HASH, HASH_VERSION, HashedPosting, entry_body, entry_hash, entry_tail
+from domain.money import EXACT, ZERO
+
+P = ParamSpec("P")
+
+_STORED_COLUMNS: LiteralString = """
+    e.sequence, e.id, e.program_id, e.action_type, e.description, e.event_id, e.rule_id, e.reference_id, e.api_key_id,
+    e.created_at, e.prev_hash, e.entry_hash, e.hash_version, p.id, p.asset_id, p.amount, p.version, p.balance,
+    a.entity_type, a.entity_id, a.asset_id, a.bucket
+"""
+
+# One statement is one snapshot: head, entries and postings belong together whatever is written meanwhile. One entry
+# more than the window is read, for its hash.
+_WINDOW: LiteralString = f"""
+select coalesce(h.sequence, 0), h.hash, {_STORED_COLUMNS}, null, null
+from (values (%(organization_id)s::uuid)) o (id)
+left join chain_head h on h.organization_id = o.id
+left join lateral (
+    select * from journal_entry where organization_id = o.id order by sequence desc limit %(rows)s
+) e on true
+left join posting p on p.organization_id = o.id and p.entry_id = e.id
+left join account a on a.organization_id = o.id and a.id = p.account_id
+order by e.sequence, p.ordinal
+"""
+
+_PAGE: LiteralString = f"""
+select {_STORED_COLUMNS}, before.balance, before_entry.sequence
+from (
+    select * from journal_entry
+    where organization_id = %(organization_id)s and sequence > %(after)s and sequence <= %(head)s
+    order by sequence limit %(rows)s
+) e
+left join posting p on p.organization_id = e.organization_id and p.entry_id = e.id
+left join account a on a.organization_id = p.organization_id and a.id = p.account_id
+left join posting before on before.organization_id = p.organization_id and before.account_id = p.account_id
+    and before.version = p.version - 1
+left join journal_entry before_entry on before_entry.organization_id = before.organization_id
+    and before_entry.id = before.entry_id
+order by e.sequence, p.ordinal
+"""
+
+_HEAD = """
+select coalesce(h.sequence, 0) as head_sequence, h.hash as head_hash, coalesce(e.sequence, 0) as newest
+from (values (%s::uuid)) o (id)
+left join chain_head h on h.organization_id = o.id
+left join lateral (
+    select sequence from journal_entry where organization_id = o.id order by sequence desc limit 1
+) e on true
+"""
+
+_ORPHANS = """
+with page as (
+    select entry_id, ordinal from posting
+    where organization_id = %(organization_id)s and (entry_id, ordinal) > (%(entry_id)s, %(ordinal)s)
+    order by entry_id, ordinal limit %(rows)s)
+select last.entry_id, last.ordinal, orphan.entry_id, (select count(*) from page)
+from (select * from page order by entry_id desc, ordinal desc limit 1) last
+left join lateral (
+    select page.entry_id from page
+    where not exists (
+        select from journal_entry e where e.organization_id = %(organization_id)s and e.id = page.entry_id)
+    limit 1
+) orphan on true
+"""
+_ORPHANS_PAGE = 10 * limits.VERIFY_PAGE
+
+
+@dataclass(frozen=True, slots=True)
+class Integrity:
+    """The attestation of `GET /v1/reports/integrity`; sequences are None where nothing was checked."""
+
+    valid: bool
+    organization_id: UUID
+    checked_from_sequence: int | None
+    checked_to_sequence: int | None
+    entries_checked: int
+    head_sequence: int
+    head_hash: bytes
+    first_invalid_entry_id: UUID | None
+    checked_at: datetime
+
+
+@dataclass(slots=True)
+class Walk:
+    """How far a check of the whole chain has come. `problem` says in words what is wrong; None so far nothing."""
+
+    organization_id: UUID
+    head_sequence: int
+    head_hash: bytes
+    sequence: int = 0
+    hash: bytes = GENESIS_HASH
+    entries_checked: int = 0
+    first_invalid_entry_id: UUID | None = None
+    problem: str | None = None
+    finished: bool = False
+    _last_posting: tuple[UUID, int] = field(default=(UUID(int=0), -1))
+
+    @property
+    def valid(self) -> bool:
+        """Whether everything checked so far holds."""
+        return self.problem is None
+
+    @property
+    def chain_is_done(self) -> bool:
+        """Whether every entry up to the head has been checked."""
+        return self.sequence >= self.head_sequence
+
+
+async def check_window(tx: Transaction, window: int) -> Integrity:
+    """Check the newest `window` entries against each other, their predecessor and the head, in one snapshot.
+
+    `window` is 1 to limits.INTEGRITY_WINDOW_MAX.
+    """
+    cursor = await tx.execute(_WINDOW, {"organization_id": tx.organization_id, "rows": window + 1})
+    rows = await cursor.fetchall()
+    head_sequence, head_hash = rows[0][0], bytes(rows[0][1] or GENESIS_HASH)
+    entries = _entries(_Stored(*row[2:]) for row in rows if row[2] is not None)
+    sequence, previous = 0, GENESIS_HASH
+    if len(entries) > window:
+        before = entries.pop(0)[0]
+        sequence, previous = before.sequence, bytes(before.entry_hash)
+    first_invalid = None
+    checked_from = entries[0][0].sequence if entries else None
+    for lines in entries:
+        if first_invalid is None and _exactly(_entry_problem, tx.organization_id, lines, sequence, previous):
+            first_invalid = lines[0].id
+        sequence, previous = lines[0].sequence, bytes(lines[0].entry_hash)
+    return Integrity(
+        valid=first_invalid is None and sequence == head_sequence and previous == head_hash,
+        organization_id=tx.organization_id,
+        checked_from_sequence=checked_from,
+        checked_to_sequence=sequence if entries else None,
+        entries_checked=len(entries),
+        head_sequence=head_sequence,
+        head_hash=head_hash,
+        first_invalid_entry_id=first_invalid,
+        checked_at=tx.now,
+    )
+
+
+async def begin_walk(tx: Transaction) -> Walk:
+    """A walk over the whole chain of the transaction's organization, to its head as it is now."""
+    row = await tx.row(_HEAD, (tx.organization_id,))
+    assert row is not None, "the values list has one row"
+    walk = Walk(tx.organization_id, row["head_sequence"], bytes(row["head_hash"] or GENESIS_HASH))
+    if row["newest"] > walk.head_sequence:
+        walk.problem = f"there are entries behind the head, up to sequence {row['newest']}"
+    return walk
+
+
+async def advance(tx: Transaction, walk: Walk) -> bool:
+    """Check the next page; False once the walk has ended, at the first problem or with nothing left to check."""
+    if walk.problem is None:
+        check = _check_orphans if walk.chain_is_done else _check_page
+        await check(tx, walk)
+    if walk.problem is not None:
+        walk.finished = True
+    return not walk.finished
+
+
+async def verify_chain(tx: Transaction) -> Walk:
+    """Check the whole chain within one transaction, as a request does.
+
+    Raises Refusal `bad_request` for a chain of more than limits.VERIFY_IN_REQUEST entries.
+    """
+    walk = await begin_walk(tx)
+    if walk.head_sequence > limits.VERIFY_IN_REQUEST:
+        message = f"the ledger has more than {limits.VERIFY_IN_REQUEST:,} entries: run `scrip verify` on the server"
+        raise Refusal("bad_request", message)
+    while await advance(tx, walk):
+        pass
+    return walk
+
+
+class _Stored(NamedTuple):
+    """One posting as stored, with its entry and account; None from `posting_id` on for an entry without postings."""
+
+    sequence: int
+    id: UUID
+    program_id: UUID
+    action_type: str
+    description: str | None
+    event_id: UUID | None
+    rule_id: UUID | None
+    reference_id: str | None
+    api_key_id: UUID | None
+    created_at: datetime
+    prev_hash: bytes
+    entry_hash: bytes
+    hash_version: int
+    posting_id: UUID | None
+    asset_id: UUID
+    amount: Decimal
+    version: int | None
+    balance: Decimal | None
+    entity_type: str | None
+    entity_id: UUID | None
+    account_asset_id: UUID
+    bucket: str
+    balance_before: Decimal | None
+    sequence_before: int | None
+
+
+def _entries(rows: Iterable[_Stored]) -> list[list[_Stored]]:
+    return [list(lines) for _, lines in groupby(rows, key=attrgetter("sequence"))]
+
+
+async def _check_page(tx: Transaction, walk: Walk) -> None:
+    params = {
+        "organization_id": tx.organization_id,
+        "after": walk.sequence,
+        "head": walk.head_sequence,
+        "rows": limits.VERIFY_PAGE,
+    }
+    cursor = await tx.execute(_PAGE, params)
+    entries = _entries(_Stored(*row) for row in await cursor.fetchall())
+    if not entries:
+        walk.problem = f"the newest entries are missing: the head is at {walk.head_sequence}"
+        return
+    for lines in entries:
+        problem = _exactly(_entry_problem, walk.organization_id, lines, walk.sequence, walk.hash) or _exactly(
+            _balance_problem, lines
+        )
+        walk.entries_checked += 1
+        if problem is not None:
+            walk.first_invalid_entry_id, walk.problem = lines[0].id, problem
+            return
+        walk.sequence, walk.hash = lines[0].sequence, bytes(lines[0].entry_hash)
+    if walk.chain_is_done and walk.hash != walk.head_hash:
+        walk.problem = "the chain's head has another hash than its last entry"
+
+
+async def _check_orphans(tx: Transaction, walk: Walk) -> None:
+    """Look at the next page of all postings for some that no entry has sealed: they would change balances unseen."""
+    entry_id, ordinal = walk._last_posting
+    params = {
+        "organization_id": tx.organization_id,
+        "entry_id": entry_id,
+        "ordinal": ordinal,
+        "rows": _ORPHANS_PAGE,
+    }
+    row = await (await tx.execute(_ORPHANS, params)).fetchone()
+    # A page that isn't full is the last: what is written from now on belongs to the next walk.
+    walk.finished = row is None or row[3] < _ORPHANS_PAGE
+    if row is None:
+        return
+    walk._last_posting = (row[0], row[1])
+    if row[2] is not None:
+        walk.problem = f"there are postings of an entry {row[2]} that doesn't exist"
+
+
+def _exactly(check: Callable[P, str | None], *args: P.args, **kwargs: P.kwargs) -> str | None:
+    """The problem that `check` finds; numbers that nobody but a tamperer could have written are one too."""
+    try:
+        return check(*args, **kwargs)
+    except DecimalException:
+        return "an amount is not a number of at most 80 digits"
+
+
+def _entry_problem(organization_id: UUID, lines: Sequence[_Stored], sequence: int, previous: bytes) -> str | None:
+    """What is wrong with the entry in `lines`, which should follow the entry at `sequence` with hash `previous`."""
+    entry = lines[0]
+    if entry.sequence != sequence + 1:
+        return f"sequence {sequence + 1} is missing before it"
+    if entry.posting_id is None:
+        return "it has no postings"
+    if any(line.entity_type is None or line.account_asset_id != line.asset_id for line in lines):
+        return "a posting's account is missing or of another asset"
+    totals: dict[UUID, Decimal] = {}
+    for line in lines:
+        totals[line.asset_id] = EXACT.add(totals.get(line.asset_id, ZERO), line.amount)
+    if any(total != ZERO for total in totals.values()):
+        return "its postings don't sum to zero"
+    if bytes(entry.prev_hash) != previous:
+        return "its prev_hash is not the hash of the entry before"
+    if entry.hash_version != HASH_VERSION or bytes(entry.entry_hash) != _hash(organization_id, lines, previous):
+        return "its content doesn't have its hash"
+    return None
+
+
+def _hash(organization_id: UUID, lines: Sequence[_Stored], previous: bytes) -> bytes:
+    entry = lines[0]
+    postings = []
+    for line in lines:
+        assert line.posting_id is not None, "an entry without postings was refused before"
+        assert line.entity_type is not None, "a posting without an account was refused before"
+        postings.append(
+            HashedPosting(line.posting_id, line.entity_type, line.entity_id, line.asset_id, line.bucket, line.amount)
+        )
+    return entry_hash(
+        action_type=entry.action_type,
+        created_at=entry.created_at,
+        body=entry_body(
+            entry_id=entry.id,
+            organization_id=organization_id,
+            api_key_id=entry.api_key_id,
+            description=entry.description,
+            event_id=entry.event_id,
+            postings=postings,
+        ),
+        prev_hash=previous,
+        tail=entry_tail(program_id=entry.program_id, reference_id=entry.reference_id, rule_id=entry.rule_id),
+        sequence=entry.sequence,
+    )
+
+
+def _balance_problem(lines: Sequence[_Stored]) -> str | None:
+    """What is wrong with the running balances that these postings carry."""
+    for line in lines:
+        if line.entity_id is None:
+            sound = line.version is None and line.balance is None
+        else:
+            sound = line.balance is not None and _follows(line, line.balance)
+        if not sound:
+            return f"posting {line.posting_id} carries a wrong balance or version"
+    return None
+
+
+def _follows(line: _Stored, balance: Decimal) -> bool:
+    if line.version == 1:
+        return balance == line.amount
+    if line.balance_before is None or line.sequence_before is None or line.sequence_before > line.sequence:
+        return False
+    return balance == EXACT.add(line.balance_before, line.amount)

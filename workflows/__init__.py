@@ -1,0 +1,1 @@
+"""Orchestration: what happens over time. Deterministic; no I/O and no business rules in here."""
