@@ -9,7 +9,6 @@ from uuid import UUID
 from temporalio import activity
 
 from db.session import Database
-from domain import limits
 from domain.clock import Clock
 from domain.events.drain import drain
 from domain.events.retries import RetryPolicy
@@ -49,18 +48,23 @@ class EventActivities:
     def drain_events(self, request: DrainRequest) -> DrainReport:
         """Process the program's due events until its queue has been dry for a moment, for at most ten seconds.
 
-        An attempt that follows a lost one works in batches a quarter as large, so that an event that brings the worker
-        down is found. Raises what the database raises; Temporal repeats the activity.
+        An attempt that follows a lost one begins with one event at a time, so that an event that brings the worker down
+        is found. Raises what the database raises; Temporal repeats the activity.
         """
         return asyncio.run(self._drain(request))
 
     async def _drain(self, request: DrainRequest) -> DrainReport:
-        first_limit = max(1, limits.BATCH_EVENTS // 4 ** min(activity.info().attempt - 1, 8))
+        after_loss = activity.info().attempt > 1
         database = Database(self._database_url, size=1, timeout_s=10, clock=self._clock)
         await database.open()
         try:
             result = await drain(
-                database, request.organization_id, request.program_id, self._retries, activity.heartbeat, first_limit
+                database,
+                request.organization_id,
+                request.program_id,
+                self._retries,
+                activity.heartbeat,
+                after_loss=after_loss,
             )
         finally:
             await database.close()

@@ -38,11 +38,17 @@ class BatchResult:
 
 
 async def process_batch(
-    database: Database, organization_id: UUID, program_id: UUID, limit: int, retries: RetryPolicy
+    database: Database,
+    organization_id: UUID,
+    program_id: UUID,
+    limit: int,
+    retries: RetryPolicy,
+    poison: str | None = None,
 ) -> BatchResult:
     """Process up to `limit` due events of a program in one transaction; zero events when none is due.
 
-    Raises what the database raises; then nothing of the batch has happened.
+    With `poison` the events are not applied but end FAILED with that message: it is what happens to the one event of a
+    batch that cannot be processed at all. Raises what the database raises; then nothing of the batch has happened.
     """
     async with database.transaction(organization_id) as tx:
         await _take_lane(tx, program_id)
@@ -52,6 +58,9 @@ async def process_batch(
         events = await _due_events(tx, program_id, limit)
         if not events:
             return BatchResult()
+        if poison is not None:
+            await _write_events(tx, [Outcome(event, "FAILED", error=poison) for event in events], retries)
+            return BatchResult(len(events), failed=len(events))
         rules = await load_rule_set(tx, program_id, program["rules_version"])
         world, outcomes = await _apply(tx, program, rules, events)
         await _write(tx, world, outcomes, retries)
@@ -61,6 +70,26 @@ async def process_batch(
             sum(outcome.verdict == "FAILED" for outcome in outcomes),
             len(world.books.entries),
         )
+
+
+async def mark_started(database: Database, organization_id: UUID, program_id: UUID) -> int:
+    """Commit that the program's next due event is about to be tried; how often it was begun, this time included.
+
+    The count is set back when the event's transaction commits, so it counts the times that a worker was lost over it.
+    Zero when no event is due.
+    """
+    async with database.transaction(organization_id) as tx:
+        await _take_lane(tx, program_id)
+        events = await _due_events(tx, program_id, 1)
+        if not events:
+            return 0
+        cursor = await tx.execute(
+            "update event set starts = starts + 1 where organization_id = %s and id = %s returning starts",
+            (organization_id, events[0].id),
+        )
+        row = await cursor.fetchone()
+        assert row is not None
+        return int(row[0])
 
 
 async def next_due(database: Database, organization_id: UUID, program_id: UUID) -> datetime | None:
@@ -407,8 +436,12 @@ async def _write(tx: Transaction, world: World, outcomes: Sequence[Outcome], ret
         await _write_rows(tx, _INSERT_HISTORY, [_history_row(change) for change in changes])
         for kind, rows in _final_state(changes).items():
             await _write_rows(tx, _WRITE_STATE[kind], rows)
-    await _write_rows(tx, _UPDATE_EVENTS, [_event_row(outcome, tx.now, retries) for outcome in outcomes])
+    await _write_events(tx, outcomes, retries)
     await journal.write(tx, world.books)
+
+
+async def _write_events(tx: Transaction, outcomes: Sequence[Outcome], retries: RetryPolicy) -> None:
+    await _write_rows(tx, _UPDATE_EVENTS, [_event_row(outcome, tx.now, retries) for outcome in outcomes])
 
 
 async def _write_rows(tx: Transaction, statement: Any, rows: Sequence[dict[str, Any]]) -> None:

@@ -6,16 +6,19 @@ the promise is withdrawn before the queue is read for the last time.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from db.session import Database
+from db.session import REPEATABLE, Database, DatabaseUnavailable
 from domain import limits
-from domain.events.batch import BatchResult, BatchTooWide, next_due, process_batch
+from domain.events.batch import BatchResult, mark_started, next_due, process_batch
 from domain.events.retries import RetryPolicy
+
+logger = logging.getLogger("scrip.events")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,78 +37,109 @@ async def drain(
     program_id: UUID,
     retries: RetryPolicy,
     progress: Callable[[int], None],
-    first_limit: int = limits.BATCH_EVENTS,
+    *,
+    after_loss: bool = False,
 ) -> DrainResult:
     """Process due events of a program for at most ten seconds; `progress` is told the events so far after each batch.
 
-    `first_limit` bounds the size of batches: an attempt that follows a lost one works in smaller steps.
+    `after_loss` says that the attempt before this one was lost: the first events are then taken one by one, each with
+    a mark, so that one that brings its worker down is found and ends FAILED instead of holding up the rest.
     """
-    totals = _Totals()
-    size = _BatchSize(first_limit)
+    queue = _Queue(database, organization_id, program_id, retries)
+    if after_loss:
+        queue.cautious_events = limits.BATCH_EVENTS
     ends_at = time.monotonic() + limits.DRAIN_LIMIT_S
     await _promise(database, organization_id, program_id, for_s=limits.DRAIN_LIMIT_S)
     dry_since = time.monotonic()
     while time.monotonic() < ends_at:
-        result = await _one_batch(database, organization_id, program_id, size, retries)
-        totals.add(result)
-        progress(totals.events)
-        if result.events:
+        found = await queue.process()
+        progress(queue.events)
+        if found:
             dry_since = time.monotonic()
         elif (time.monotonic() - dry_since) * 1000 > limits.DRAIN_LINGER_MS:
             break
         else:
             await asyncio.sleep(limits.DRAIN_POLL_MS / 1000)
     await _promise(database, organization_id, program_id, for_s=None)
-    totals.add(await _one_batch(database, organization_id, program_id, size, retries))
+    await queue.process()
     due = await next_due(database, organization_id, program_id)
-    return DrainResult(totals.events, totals.completed, totals.failed, due)
+    return DrainResult(queue.events, queue.completed, queue.failed, due)
 
 
-@dataclass(slots=True)
-class _Totals:
-    events: int = 0
-    completed: int = 0
-    failed: int = 0
+class _Queue:
+    """The batches of one drain: how large the next one is, and what to do with one that can't be processed."""
 
-    def add(self, result: BatchResult) -> None:
+    def __init__(self, database: Database, organization_id: UUID, program_id: UUID, retries: RetryPolicy) -> None:
+        self._database = database
+        self._organization_id = organization_id
+        self._program_id = program_id
+        self._retries = retries
+        self._limit = limits.BATCH_EVENTS
+        self.cautious_events = 0
+        self.events = 0
+        self.completed = 0
+        self.failed = 0
+
+    async def process(self) -> int:
+        """Process one batch; how many events it had.
+
+        Raises what is wrong with the database, for Temporal to repeat the drain: an outage is never charged to events.
+        """
+        if self.cautious_events > 0:
+            return await self._process_cautiously()
+        limit = self._limit
+        while True:
+            started = time.monotonic()
+            try:
+                result = await self._batch(limit)
+            except (DatabaseUnavailable, *REPEATABLE):
+                raise
+            except Exception as error:
+                # Something about these events themselves: halve until it is one event that can be told apart.
+                if limit == 1:
+                    return await self._give_up(error)
+                logger.warning("a batch of %d events failed, halving it: %s", limit, error)
+                limit //= 2
+                continue
+            self._adapt(result.events, (time.monotonic() - started) * 1000)
+            return self._count(result)
+
+    async def _process_cautiously(self) -> int:
+        self.cautious_events -= 1
+        starts = await mark_started(self._database, self._organization_id, self._program_id)
+        if starts > limits.LOST_STARTS:
+            return await self._give_up(f"processing brought its worker down {limits.LOST_STARTS} times")
+        try:
+            return self._count(await self._batch(1))
+        except (DatabaseUnavailable, *REPEATABLE):
+            raise
+        except Exception as error:
+            return await self._give_up(error)
+
+    async def _give_up(self, cause: Exception | str) -> int:
+        """End the next due event FAILED: it can't be processed, whatever else is in its batch."""
+        if isinstance(cause, Exception):
+            logger.error("an event cannot be processed", exc_info=cause)
+            cause = f"processing failed: {type(cause).__name__}"
+        return self._count(await self._batch(1, poison=cause))
+
+    async def _batch(self, limit: int, poison: str | None = None) -> BatchResult:
+        return await process_batch(
+            self._database, self._organization_id, self._program_id, limit, self._retries, poison
+        )
+
+    def _count(self, result: BatchResult) -> int:
         self.events += result.events
         self.completed += result.completed
         self.failed += result.failed
+        return result.events
 
-
-class _BatchSize:
-    """How many events the next batch takes: as many as fit the time that direct operations may have to wait."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.events = most
-
-    def adapt(self, events: int, elapsed_ms: float) -> None:
-        """Learn from a batch of `events` that took `elapsed_ms`."""
+    def _adapt(self, events: int, elapsed_ms: float) -> None:
+        """Take as many events next time as fit the time that direct operations may have to wait for a batch."""
         if elapsed_ms > limits.BATCH_TARGET_MS:
-            self.events = max(1, int(events * limits.BATCH_TARGET_MS / elapsed_ms))
-        elif events >= self.events:
-            self.events = min(self.most, self.events * 2)
-
-    def halve(self) -> None:
-        """Try again with half as many."""
-        self.events = max(1, self.events // 2)
-
-
-async def _one_batch(
-    database: Database, organization_id: UUID, program_id: UUID, size: _BatchSize, retries: RetryPolicy
-) -> BatchResult:
-    while True:
-        started = time.monotonic()
-        try:
-            result = await process_batch(database, organization_id, program_id, size.events, retries)
-        except BatchTooWide:
-            if size.events == 1:
-                raise
-            size.halve()
-            continue
-        size.adapt(result.events, (time.monotonic() - started) * 1000)
-        return result
+            self._limit = max(1, int(events * limits.BATCH_TARGET_MS / elapsed_ms))
+        elif events >= self._limit:
+            self._limit = min(limits.BATCH_EVENTS, self._limit * 2)
 
 
 async def _promise(database: Database, organization_id: UUID, program_id: UUID, for_s: float | None) -> None:
