@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
+from psycopg.errors import UniqueViolation
+
 from db.session import REPEATABLE, Database, DatabaseUnavailable
 from domain import limits
 from domain.events.batch import BatchResult, mark_started, next_due, process_batch
 from domain.events.retries import RetryPolicy
 
 logger = logging.getLogger("scrip.events")
+
+TRANSIENT = (DatabaseUnavailable, *REPEATABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,7 @@ class _Queue:
             started = time.monotonic()
             try:
                 result = await self._batch(limit)
-            except (DatabaseUnavailable, *REPEATABLE):
+            except TRANSIENT:
                 raise
             except Exception as error:
                 # Something about these events themselves: halve until it is one event that can be told apart.
@@ -111,7 +115,10 @@ class _Queue:
             return await self._give_up(f"processing brought its worker down {limits.LOST_STARTS} times")
         try:
             return self._count(await self._batch(1))
-        except (DatabaseUnavailable, *REPEATABLE):
+        except TRANSIENT as error:
+            # A conflict that comes back for one event alone is no conflict with anybody else.
+            if isinstance(error, UniqueViolation):
+                return await self._give_up(error)
             raise
         except Exception as error:
             return await self._give_up(error)

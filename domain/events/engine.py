@@ -18,7 +18,8 @@ from domain.events.world import Holder, StateJournal
 from domain.ids import new_id
 from domain.ledger.books import Books
 from domain.money import ZERO, fits_scale, fits_size, format_amount, format_plain
-from domain.rules.cel import Activation, EvaluationError, EvaluationLimit, Expression, evaluate_condition
+from domain.rules import results
+from domain.rules.cel import Activation, EvaluationError, EvaluationLimit, evaluate_condition
 from domain.rules.compiled import Action, CompiledRule, RuleSet, Target
 
 BLOCKED_WHEN_INACTIVE = frozenset({"CREDIT", "DEBIT", "HOLD", "RELEASE", "FORFEIT", "COUNTER"})
@@ -218,17 +219,17 @@ class _Evaluation:
             outcome.evaluations.append(self._record(rule, "SKIPPED_ERROR", error_message=str(error)))
             return False
         outcome.matched.append(rule.id)
-        results: list[dict[str, Any]] = []
+        ran: list[dict[str, Any]] = []
         for action in rule.actions:
             try:
-                results.append(self._run_action(rule, action))
+                ran.append(self._run_action(rule, action))
             except ActionFailed as failure:
                 cause = f"action {action.type} failed: {failure}"
                 outcome.verdict = "RETRY" if failure.curable else "FAILED"
                 outcome.error = cause
                 outcome.evaluations.append(self._record(rule, "FAILED", error_message=cause))
                 return True
-        outcome.evaluations.append(self._record(rule, "SUCCESS", actions=results))
+        outcome.evaluations.append(self._record(rule, "SUCCESS", actions=ran))
         return True
 
     def _record(self, rule: CompiledRule, status: str, **more: Any) -> dict[str, Any]:
@@ -243,10 +244,13 @@ class _Evaluation:
         }
 
     def _run_action(self, rule: CompiledRule, action: Action) -> dict[str, Any]:
-        holder = self._target(action)
-        if holder.status != "ACTIVE" and action.type in BLOCKED_WHEN_INACTIVE:
-            raise ActionFailed(f"participant is {holder.status}")
-        return _HANDLERS[action.type](self, rule, action, holder)
+        try:
+            holder = self._target(action)
+            if holder.status != "ACTIVE" and action.type in BLOCKED_WHEN_INACTIVE:
+                raise ActionFailed(f"participant is {holder.status}")
+            return _HANDLERS[action.type](self, rule, action, holder)
+        except results.BadResult as bad:
+            raise ActionFailed(str(bad)) from None
 
     def _target(self, action: Action) -> Holder:
         target = action.target
@@ -257,13 +261,13 @@ class _Evaluation:
         return self._target_participant(target)
 
     def _target_participant(self, target: Target) -> Holder:
-        if target.id is not None:
+        text = results.target_text(target, self.activation)
+        if text is None:
             reference = Reference(id=target.id)
         elif target.external_id is not None:
-            reference = Reference(external_id=self._text(target.external_id, "target.external_id"))
+            reference = Reference(external_id=text)
         else:
-            assert target.participant_id is not None, "checked when the rule was saved"
-            reference = Reference(id=_uuid(self._text(target.participant_id, "target.participant_id")))
+            reference = Reference(id=_uuid(text))
         found = self.world.find(reference)
         if found is None:
             raise ActionFailed("target participant not found")
@@ -303,8 +307,7 @@ class _Evaluation:
 
     def _counter(self, rule: CompiledRule, action: Action, holder: Holder) -> dict[str, Any]:
         assert action.key is not None
-        assert isinstance(action.value, Expression)
-        amount = self._number(action.value, "value")
+        amount = results.increment(action, self.activation)
         try:
             value = self.world.state.add_to_counter(
                 holder, action.key, amount, action.reset_after, self.now, self.event.id, rule.id
@@ -323,7 +326,7 @@ class _Evaluation:
 
     def _set_attribute(self, rule: CompiledRule, action: Action, holder: Holder) -> dict[str, Any]:
         assert action.key is not None
-        value = action.value if isinstance(action.value, str) else self._attribute_value(action.value)
+        value = results.attribute(action, self.activation)
         self.world.state.set_attribute(holder, action.key, value, self.event.id, rule.id)
         return {"type": action.type, "key": action.key, "value": value, "target": _target_result(holder)}
 
@@ -331,20 +334,13 @@ class _Evaluation:
 
     def _amount(self, action: Action) -> tuple[AssetTerms, Decimal]:
         """The asset and the amount of an asset action, checked. Contract: rules-and-events.md 5.4."""
-        assert action.asset_id is not None
-        assert action.amount is not None
+        assert action.asset_id is not None, "checked when the rule was saved"
         asset = self.world.assets.get(action.asset_id)
         if asset is None or not asset.is_linked:
             raise ActionFailed("asset is not linked to the program")
         if asset.is_archived:
             raise ActionFailed("asset is archived")
-        amount = self._number(action.amount, "amount")
-        if amount < ZERO:
-            raise ActionFailed("amount is negative")
-        if not fits_size(amount):
-            raise ActionFailed("amount is too large")
-        if not fits_scale(amount, asset.scale):
-            raise ActionFailed("amount exceeds asset scale")
+        amount = results.amount(action, self.activation, asset.scale)
         if asset.max_transaction_amount is not None and amount > asset.max_transaction_amount:
             raise ActionFailed("amount exceeds max_transaction_amount")
         return asset, amount
@@ -382,41 +378,6 @@ class _Evaluation:
         if entry_id is not None:
             result["journal_entry_id"] = entry_id
         return result
-
-    def _evaluate(self, expression: Expression, what: str) -> object:
-        try:
-            return expression.evaluate(self.activation)
-        except EvaluationError as error:
-            raise ActionFailed(f"{what}: {error}") from None
-
-    def _number(self, expression: Expression, what: str) -> Decimal:
-        value = self._evaluate(expression, what)
-        if type(value) is not Decimal or not value.is_finite():
-            raise ActionFailed(f"{what} is not a number")
-        return value
-
-    def _text(self, expression: Expression, what: str) -> str:
-        value = self._evaluate(expression, what)
-        if type(value) is not str or not value:
-            raise ActionFailed(f"{what} is not a string")
-        if len(value) > limits.STATE_KEY_CHARS:
-            raise ActionFailed(f"{what} is too long")
-        return value
-
-    def _attribute_value(self, expression: Expression | None) -> str:
-        assert expression is not None
-        value = self._evaluate(expression, "value")
-        if isinstance(value, bool):
-            text = "true" if value else "false"
-        elif isinstance(value, Decimal):
-            text = format_plain(value)
-        elif isinstance(value, str):
-            text = value
-        else:
-            raise ActionFailed("value is neither a string nor a number")
-        if not 0 < len(text) <= limits.ATTRIBUTE_CHARS:
-            raise ActionFailed(f"value must have 1 to {limits.ATTRIBUTE_CHARS} characters")
-        return text
 
 
 def _target_result(holder: Holder) -> dict[str, Any]:

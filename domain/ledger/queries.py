@@ -23,19 +23,23 @@ _ENTRY_COLUMNS: LiteralString = """
 
 # Within an organization created_at never falls along the sequence, so a bound in time is a bound in the sequence,
 # found by bisection through the unique index. A hole, which only tampering can make, ends it early with `low` and
-# `high` still apart: both remain safe bounds.
+# `high` still apart: both remain safe bounds. `middle` is a column of its own because under row-level security only
+# comparisons of plain columns become index conditions.
 _BISECT = """
-with recursive span (low, high) as (
-    select 1::bigint, coalesce((select sequence from chain_head where organization_id = %(organization_id)s), 0) + 1
+with recursive span (low, high, middle) as (
+    select 1::bigint, top, (1 + top) / 2
+    from (select coalesce((select sequence from chain_head where organization_id = %(organization_id)s), 0) + 1) h (top)
     union all
-    select case when is_before then middle + 1 else low end, case when is_before then high else middle end
-    from span
-    cross join lateral (select (low + high) / 2 as middle) m
-    join lateral (
-        select created_at < %(instant)s or (%(after)s and created_at = %(instant)s) as is_before
-        from journal_entry where organization_id = %(organization_id)s and sequence = middle
-    ) e on true
-    where low < high
+    select low, high, (low + high) / 2
+    from (
+        select case when is_before then middle + 1 else low end, case when is_before then high else middle end
+        from span
+        join lateral (
+            select created_at < %(instant)s or (%(after)s and created_at = %(instant)s) as is_before
+            from journal_entry where organization_id = %(organization_id)s and sequence = span.middle
+        ) e on true
+        where low < high
+    ) narrower (low, high)
 )
 select low, high from span order by high - low limit 1
 """

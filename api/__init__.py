@@ -1,0 +1,1 @@
+"""HTTP only: routes, authentication, parsing, errors, pagination. The business is in `domain`."""

@@ -1,0 +1,379 @@
+"""The `scrip` command: everything an operator does (docs/operations.md)."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import UUID
+
+import psycopg
+import typer
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+from rich.console import Console
+from rich.table import Table
+
+from domain import organizations
+from domain.clock import format_timestamp, system_clock
+from domain.errors import Refusal
+from domain.organizations import NewKey
+from settings import Settings, get_settings
+
+MIGRATIONS = Path(__file__).parent / "db" / "migrations"
+APPLICATION_ROLE = "scrip_app"
+
+app = typer.Typer(
+    name="scrip",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="""
+    Scrip: a self-hosted rewards platform on a double-entry ledger.
+
+    On one machine, [bold]scrip up[/] starts all of it. In production, run these beside your Postgres and Temporal:
+
+    1. [bold]scrip migrate[/] brings the database to this version (SCRIP_OWNER_DATABASE_URL, SCRIP_DATABASE_URL).
+
+    2. [bold]scrip bootstrap[/] makes the first organization and its API key, once.
+
+    3. [bold]scrip api[/] and [bold]scrip worker[/] serve; start as many of each as you need.
+    """,
+)
+org = typer.Typer(no_args_is_help=True, help="Organizations: the tenants. Each has its own data, ledger and keys.")
+keys = typer.Typer(no_args_is_help=True, help="API keys. A key has full access to its organization.")
+app.add_typer(org, name="org", rich_help_panel="Administration")
+app.add_typer(keys, name="keys", rich_help_panel="Administration")
+
+JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+class CommandError(typer.Exit):
+    """Ends the command with a message on stderr and a status that isn't 0."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+        super().__init__(status)
+
+
+# --- Serving -----------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel="Running")
+def up(
+    data_dir: Annotated[Path, typer.Option(help="Where everything is kept; made if missing, readable by you only.")] = (
+        Path(".scrip")
+    ),
+    host: Annotated[str, typer.Option(help="Address the API listens on. Nothing else is ever exposed.")] = "127.0.0.1",
+    api_port: Annotated[int, typer.Option(help="Port of the API; 0 picks a free one.")] = 8080,
+    temporal_port: Annotated[int, typer.Option(help="Port of Temporal; 0 picks a free one.")] = 7233,
+    ui_port: Annotated[int, typer.Option(help="Port of Temporal's UI; 0 picks a free one.")] = 8233,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="A file that gets the URLs and the API key, as JSON, once all of it serves.")
+    ] = None,
+) -> None:
+    """Start everything on this machine: Postgres, Temporal with its UI, the worker and the API. Ctrl-C stops it."""
+    from embedded.supervisor import UpOptions
+    from embedded.supervisor import up as start
+
+    options = UpOptions(
+        data_dir=data_dir,
+        api_port=api_port,
+        temporal_port=temporal_port,
+        ui_port=ui_port,
+        host=host,
+        ready_file=ready_file,
+    )
+    raise typer.Exit(start(options))
+
+
+@app.command(rich_help_panel="Running")
+def api(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+) -> None:
+    """Serve the HTTP API with one process. It needs SCRIP_DATABASE_URL; Temporal may come up later."""
+    import uvicorn
+
+    from api.app import create_app
+    from domain.logs import configure_logging
+
+    settings = get_settings()
+    _require(settings.database_url.get_secret_value(), "SCRIP_DATABASE_URL", "the application's role")
+    configure_logging(settings.log_level, settings.log_format)
+    uvicorn.run(
+        create_app(settings),
+        host=host,
+        port=port,
+        loop="auto",
+        http="auto",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=10,
+    )
+
+
+@app.command(rich_help_panel="Running")
+def worker() -> None:
+    """Run the worker: it processes events and carries everything that takes time."""
+    import worker as worker_process
+
+    _require(get_settings().database_url.get_secret_value(), "SCRIP_DATABASE_URL", "the application's role")
+    worker_process.main()
+
+
+# --- The database ------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel="Administration")
+def migrate() -> None:
+    """Bring the database to this version. Safe to repeat, and to run from several places at once.
+
+    Uses SCRIP_OWNER_DATABASE_URL, whose role owns the tables. The role in SCRIP_DATABASE_URL, as which the API and the
+    workers connect, is made if it doesn't exist yet; it owns nothing and is bound by row-level security.
+    """
+    settings = get_settings()
+    owner_url = _owner_url(settings)
+    with _database_errors():
+        migrate_schema(owner_url)
+        if settings.database_url.get_secret_value():
+            ensure_login_role(owner_url, settings.database_url.get_secret_value())
+    typer.echo("The database is up to date.", err=True)
+
+
+@app.command(rich_help_panel="Administration")
+def bootstrap(as_json: JsonOutput = False) -> None:
+    """Make the first organization and its API key, if there is no organization yet. The key is shown this once."""
+    with _owner_connection() as (connection, settings):
+        organization_id, key = organizations.bootstrap(
+            connection,
+            rate_per_second=settings.rate_per_second,
+            rate_burst=settings.rate_burst,
+            now=system_clock(),
+        )
+    if as_json:
+        _print_json({"organization_id": organization_id, "api_key": key.secret if key else None})
+    elif key is None:
+        typer.echo(f"There is an organization already: {organization_id}. `scrip keys create` makes another key.")
+    else:
+        _print_new_key(organization_id, key)
+
+
+@org.command("create")
+def create_organization(
+    name: Annotated[str, typer.Argument(help="A name for people; 1 to 255 characters.")],
+    rate: Annotated[int | None, typer.Option(help="Requests per second, sustained.")] = None,
+    burst: Annotated[int | None, typer.Option(help="Requests at once, before the rate counts.")] = None,
+    as_json: JsonOutput = False,
+) -> None:
+    """Create an organization, with an empty ledger. `scrip keys create` gives it a key."""
+    with _owner_connection() as (connection, settings):
+        organization_id = organizations.create_organization(
+            connection,
+            name,
+            rate_per_second=settings.rate_per_second if rate is None else rate,
+            rate_burst=settings.rate_burst if burst is None else burst,
+            now=system_clock(),
+        )
+    if as_json:
+        _print_json({"organization_id": organization_id})
+    else:
+        typer.echo(f"Organization {organization_id}. Next: scrip keys create --org {organization_id}")
+
+
+@org.command("list")
+def list_organizations(as_json: JsonOutput = False) -> None:
+    """List organizations."""
+    with _owner_connection() as (connection, _):
+        rows = organizations.list_organizations(connection)
+    _print_rows([asdict(row) for row in rows], as_json)
+
+
+@keys.command("create")
+def create_key(
+    organization: Annotated[UUID, typer.Option("--org", help="The organization's id.")],
+    name: Annotated[str, typer.Option(help="What the key is for.")] = "unnamed",
+    as_json: JsonOutput = False,
+) -> None:
+    """Create an API key. It is shown this once; only its SHA-256 is stored."""
+    with _owner_connection() as (connection, _):
+        key = organizations.create_key(connection, organization, name, now=system_clock())
+    if as_json:
+        _print_json({"id": key.id, "organization_id": organization, "api_key": key.secret})
+    else:
+        _print_new_key(organization, key)
+
+
+@keys.command("list")
+def list_keys(
+    organization: Annotated[UUID | None, typer.Option("--org", help="Only this organization's keys.")] = None,
+    as_json: JsonOutput = False,
+) -> None:
+    """List API keys. Of the secret only the last four characters are known."""
+    with _owner_connection() as (connection, _):
+        rows = organizations.list_keys(connection, organization)
+    _print_rows([asdict(row) for row in rows], as_json)
+
+
+@keys.command("revoke")
+def revoke_key(key_id: Annotated[UUID, typer.Argument(help="The key's id, as `scrip keys list` shows it.")]) -> None:
+    """Make an API key invalid, from the next request on. Revoking again changes nothing."""
+    with _owner_connection() as (connection, _):
+        organizations.revoke_key(connection, key_id, now=system_clock())
+    typer.echo(f"Key {key_id} is revoked.")
+
+
+# --- Parts -------------------------------------------------------------------------------------------------------
+
+
+def migrate_schema(owner_url: str) -> None:
+    """Bring the database at `owner_url` to the newest schema; of several at once one works and the others wait."""
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    sqlalchemy_url = owner_url.replace("postgresql://", "postgresql+psycopg://", 1)
+    config.set_main_option("sqlalchemy.url", sqlalchemy_url.replace("%", "%%"))
+    with psycopg.connect(owner_url, autocommit=True) as connection:
+        connection.execute("select pg_advisory_lock(hashtext('scrip migrate'))")
+        command.upgrade(config, "head")
+
+
+def ensure_login_role(owner_url: str, application_url: str) -> None:
+    """Make sure that the role in `application_url` can log in, may do what the application does, and nothing more.
+
+    Raises CommandError when it would bypass row-level security, or can't be made or reached.
+    """
+    wanted = conninfo_to_dict(application_url)
+    user, password = str(wanted.get("user") or ""), str(wanted.get("password") or "")
+    if not user:
+        raise CommandError("SCRIP_DATABASE_URL names no user: write it as postgresql://user:password@host/database")
+    with psycopg.connect(owner_url, autocommit=True) as connection:
+        _refuse_powerful_role(connection, user)
+        if not _can_connect(application_url):
+            _provide_role(connection, user, password)
+        member = connection.execute("select pg_has_role(%s, %s, 'usage')", (user, APPLICATION_ROLE)).fetchone()
+        if member != (True,):
+            grant = sql.SQL("grant {} to {}")
+            connection.execute(grant.format(sql.Identifier(APPLICATION_ROLE), sql.Identifier(user)))
+    if not _can_connect(application_url):
+        raise CommandError(
+            f"The role {user} cannot connect with SCRIP_DATABASE_URL: check its host, port and password."
+        )
+
+
+def _refuse_powerful_role(connection: psycopg.Connection[Any], user: str) -> None:
+    found = connection.execute(
+        "select rolsuper or rolbypassrls or pg_has_role(oid, current_user, 'usage') from pg_roles where rolname = %s",
+        (user,),
+    ).fetchone()
+    if found == (True,):
+        raise CommandError(
+            f"SCRIP_DATABASE_URL must name a role that is bound by row-level security, but {user} is a superuser, "
+            "bypasses it, or owns the tables. Name another role; `scrip migrate` makes it."
+        )
+
+
+def _provide_role(connection: psycopg.Connection[Any], user: str, password: str) -> None:
+    exists = connection.execute("select 1 from pg_roles where rolname = %s", (user,)).fetchone()
+    statement = sql.SQL("{} role {} login nosuperuser nocreatedb nocreaterole nobypassrls password {}").format(
+        sql.SQL("alter" if exists else "create"), sql.Identifier(user), sql.Literal(password)
+    )
+    try:
+        connection.execute(statement)
+    except psycopg.errors.InsufficientPrivilege:
+        raise CommandError(
+            f"The role {user} of SCRIP_DATABASE_URL cannot connect, and the owner may not make roles. As an "
+            f"administrator run: CREATE ROLE {user} LOGIN PASSWORD '...'; GRANT {APPLICATION_ROLE} TO {user};"
+        ) from None
+
+
+def _can_connect(url: str) -> bool:
+    try:
+        psycopg.connect(url, connect_timeout=5).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+@contextmanager
+def _owner_connection() -> Iterator[tuple[psycopg.Connection[Any], Settings]]:
+    """A transaction of the owning role, committed at the end; refusals and outages end the command with a message."""
+    settings = get_settings()
+    owner_url = _owner_url(settings)
+    with _database_errors(), psycopg.connect(owner_url, connect_timeout=5) as connection:
+        try:
+            yield connection, settings
+        except Refusal as refusal:
+            raise CommandError(refusal.message) from None
+
+
+@contextmanager
+def _database_errors() -> Iterator[None]:
+    try:
+        yield
+    except psycopg.errors.UndefinedTable:
+        raise CommandError("The database has no tables yet: run `scrip migrate` first.") from None
+    except psycopg.OperationalError as error:
+        raise CommandError(f"The database at SCRIP_OWNER_DATABASE_URL is out of reach: {error}".rstrip()) from None
+
+
+def _owner_url(settings: Settings) -> str:
+    url = settings.owner_database_url.get_secret_value()
+    _require(url, "SCRIP_OWNER_DATABASE_URL", "the role that owns the tables")
+    return url
+
+
+def _require(value: str, variable: str, meaning: str) -> None:
+    if not value:
+        raise CommandError(
+            f"{variable} is not set: the Postgres URL of {meaning}, such as "
+            "postgresql://user:password@host:5432/scrip. To try Scrip without a Postgres of your own, run `scrip up`.",
+            status=2,
+        )
+
+
+def _print_new_key(organization_id: UUID, key: NewKey) -> None:
+    typer.echo(f"Organization  {organization_id}")
+    typer.echo(f"Key id        {key.id}")
+    typer.echo(f"API key       {key.secret}")
+    typer.echo("Keep the API key now: it cannot be shown again.", err=True)
+
+
+def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        _print_json(rows)
+        return
+    if not rows:
+        typer.echo("None yet.")
+        return
+    table = Table(*(name.replace("_", " ") for name in rows[0]), box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*("" if value is None else _text(value) for value in row.values()))
+    # A narrow terminal must not cut ids in two.
+    Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True).print(table, markup=False)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, default=_text))
+
+
+def _text(value: Any) -> str:
+    return format_timestamp(value) if isinstance(value, datetime) else str(value)
+
+
+def main() -> None:
+    """The entry point of the `scrip` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

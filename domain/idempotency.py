@@ -1,0 +1,104 @@
+"""Keys that make a retry safe: the same key and payload takes effect once. Contract: README.md "Idempotency"."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import orjson
+from psycopg.types.json import Jsonb
+
+from db.session import Transaction
+from domain.clock import format_timestamp
+from domain.errors import Refusal
+from domain.money import format_plain
+
+OPERATIONS = frozenset(
+    {
+        "event",
+        "adjust",
+        "hold",
+        "release",
+        "forfeit",
+        "void_hold",
+        "redemption",
+        "redemption_reversal",
+        "transfer",
+        "fund",
+        "burn",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What came of claiming a key: `result` is the first use's, whether that is this call or an earlier one."""
+
+    replayed: bool
+    result: dict[str, Any]
+
+
+async def claim(
+    tx: Transaction,
+    program_id: UUID,
+    operation: str,
+    key: str | None,
+    payload: Mapping[str, Any],
+    result: Mapping[str, Any],
+) -> Claim:
+    """Consume `key` for `operation` with the meaning `payload`, remembering `result` (ids made beforehand, as text).
+
+    The row is written with the effect, in the caller's transaction: only success consumes a key. Of two concurrent
+    first uses the second waits here until the first has ended, then replays it (or takes its place if it failed).
+    Without a key every call is new. Call it before any other lock is taken: keys come first in the lock order.
+
+    `payload` holds every accepted field after defaults, amounts as Decimal. Numbers compare by value.
+    Raises Refusal `idempotency_conflict` when the key was used with another payload.
+    """
+    assert operation in OPERATIONS, operation
+    if key is None:
+        return Claim(replayed=False, result=dict(result))
+    digest = payload_hash(payload)
+    inserted = await tx.execute(
+        "insert into idempotency_key (organization_id, program_id, operation, key, payload_hash, result, created_at)"
+        " values (%s, %s, %s, %s, %s, %s, %s) on conflict do nothing",
+        (tx.organization_id, program_id, operation, key, digest, Jsonb(dict(result)), tx.now),
+    )
+    if inserted.rowcount == 1:
+        return Claim(replayed=False, result=dict(result))
+    # A statement of its own: under READ COMMITTED it sees the row of the winner that was waited for.
+    cursor = await tx.execute(
+        "select payload_hash, result from idempotency_key"
+        " where organization_id = %s and program_id = %s and operation = %s and key = %s",
+        (tx.organization_id, program_id, operation, key),
+    )
+    found = await cursor.fetchone()
+    assert found is not None, "keys are never deleted"
+    if bytes(found[0]) != digest:
+        raise conflict(key)
+    return Claim(replayed=True, result=found[1])
+
+
+def conflict(key: str) -> Refusal:
+    """The refusal of a key that was used with another payload."""
+    return Refusal("idempotency_conflict", f'the idempotency key "{key}" was used with another payload')
+
+
+def payload_hash(payload: Mapping[str, Any]) -> bytes:
+    """SHA-256 over the canonical JSON of `payload`: keys sorted, numbers by value (10 = 10.0), instants in UTC.
+
+    A number and a text of the same digits differ, so an amount belongs into `payload` as a Decimal.
+    """
+    canonical = orjson.dumps(payload, default=_canonical, option=orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
+    return hashlib.sha256(canonical).digest()
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Decimal):
+        return orjson.Fragment(format_plain(value).encode())
+    if isinstance(value, datetime):
+        return format_timestamp(value)
+    raise TypeError(f"cannot hash {type(value).__name__}")

@@ -1,0 +1,298 @@
+"""Verification finds what was tampered with, and names it. Contract: holders.md 8.4, 9.15; endpoints.md "integrity"."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from db.session import Database
+from domain import limits
+from domain.errors import Refusal
+from domain.ledger.canonical import GENESIS_HASH
+from domain.ledger.journal import load_accounts, write
+from domain.ledger.verify import Integrity, Walk, advance, begin_walk, check_window, verify_chain
+from domain.locks import lock_participants
+from tests.builders import Shop, d, open_shop
+from tests.conftest import Tenant
+from tests.servers import Postgres
+
+ENTRIES = 10
+Tamper = Callable[..., None]
+
+
+@pytest.fixture
+def tamper(postgres: Postgres) -> Iterator[Tamper]:
+    """Run one statement as a superuser for whom no guard exists."""
+    with psycopg.connect(postgres.superuser_url, autocommit=True) as connection:
+        connection.execute("set session_replication_role = replica")
+
+        def run(statement: Any, *params: Any) -> None:
+            changed = connection.execute(statement, params).rowcount
+            assert changed > 0, "the statement found nothing to tamper with"
+
+        yield run
+
+
+@pytest.fixture
+async def shop(database: Database, organization: Tenant) -> Shop:
+    return await open_shop(database, organization.id)
+
+
+@pytest.fixture
+async def entries(database: Database, organization: Tenant, shop: Shop) -> list[UUID]:
+    """Ten credits of 1 to 10 to alice, in two transactions; their entries' ids in the chain's order."""
+    return [
+        *await credits(database, organization, shop, 1, 2, 3),
+        *await credits(database, organization, shop, *range(4, 11)),
+    ]
+
+
+async def credits(database: Database, organization: Tenant, shop: Shop, *amounts: int) -> list[UUID]:
+    async with database.transaction(organization.id, api_key_id=organization.api_key_id) as tx:
+        await lock_participants(tx, [shop.alice])
+        books = await load_accounts(tx, [shop.alice], [shop.asset_id])
+        alice = books.account("PARTICIPANT", shop.alice, shop.asset_id, "AVAILABLE")
+        source = books.system("SYSTEM_ISSUANCE", shop.asset_id)
+        for amount in amounts:
+            movements = [(source, d(f"-{amount}")), (alice, d(str(amount)))]
+            books.post("CREDIT", movements, program_id=shop.program_id, description="welcome")
+        await write(tx, books)
+    return [entry.id for entry in books.entries]
+
+
+async def verify(database: Database, organization: Tenant) -> Walk:
+    async with database.transaction(organization.id) as tx:
+        return await verify_chain(tx)
+
+
+async def check(database: Database, organization: Tenant, window: int = 1_000) -> Integrity:
+    async with database.transaction(organization.id) as tx:
+        return await check_window(tx, window)
+
+
+async def assert_found(database: Database, organization: Tenant, entry_id: UUID) -> None:
+    walk, integrity = await verify(database, organization), await check(database, organization)
+    assert (walk.valid, walk.first_invalid_entry_id) == (False, entry_id)
+    assert (integrity.valid, integrity.first_invalid_entry_id) == (False, entry_id)
+
+
+async def test_an_empty_ledger_is_valid(database: Database, organization: Tenant) -> None:
+    walk, integrity = await verify(database, organization), await check(database, organization)
+
+    assert (walk.valid, walk.entries_checked, walk.head_sequence) == (True, 0, 0)
+    assert (integrity.valid, integrity.entries_checked, integrity.head_sequence) == (True, 0, 0)
+    assert integrity.head_hash == GENESIS_HASH
+    assert integrity.checked_from_sequence is None
+    assert integrity.checked_to_sequence is None
+
+
+async def test_an_untouched_ledger_is_valid(database: Database, organization: Tenant, entries: list[UUID]) -> None:
+    walk, integrity = await verify(database, organization), await check(database, organization)
+
+    assert (walk.valid, walk.entries_checked, walk.problem) == (True, ENTRIES, None)
+    assert (integrity.valid, integrity.entries_checked) == (True, ENTRIES)
+    assert (integrity.checked_from_sequence, integrity.checked_to_sequence, integrity.head_sequence) == (1, 10, 10)
+    assert integrity.first_invalid_entry_id is None
+
+
+async def test_a_window_checks_the_newest_entries_only(
+    database: Database, organization: Tenant, entries: list[UUID], tamper: Tamper
+) -> None:
+    tamper("update journal_entry set description = 'x' where id = %s", entries[6])
+
+    within = await check(database, organization, window=4)
+    beyond = await check(database, organization, window=3)
+
+    assert (within.first_invalid_entry_id, within.checked_from_sequence) == (entries[6], 7)
+    assert (beyond.valid, beyond.checked_from_sequence, beyond.entries_checked) == (True, 8, 3)
+
+
+async def test_a_window_is_tied_to_the_entry_before_it(
+    database: Database, organization: Tenant, entries: list[UUID], tamper: Tamper
+) -> None:
+    tamper("update journal_entry set entry_hash = sha256('') where id = %s", entries[6])
+
+    assert (await check(database, organization, window=3)).first_invalid_entry_id == entries[7]
+    assert (await check(database, organization, window=4)).first_invalid_entry_id == entries[6]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "update posting set amount = amount * 2 where entry_id = %s and ordinal = 1",
+        "update posting set amount = amount * 2 where entry_id = %s",
+        "update posting set amount = 'NaN' where entry_id = %s",
+        "update posting set amount = 'Infinity' where entry_id = %s",
+        "update posting set amount = amount * 10::numeric ^ 90 + 1 where entry_id = %s",
+        "update posting set id = gen_random_uuid() where entry_id = %s and ordinal = 0",
+        "update posting set ordinal = 1 - ordinal + 5 where entry_id = %s",
+        "update posting set account_id = gen_random_uuid() where entry_id = %s and ordinal = 0",
+        "update posting set asset_id = gen_random_uuid() where entry_id = %s",
+        "delete from posting where entry_id = %s and ordinal = 1",
+        "delete from posting where entry_id = %s",
+        "update journal_entry set description = 'goodbye' where id = %s",
+        "update journal_entry set description = null where id = %s",
+        "update journal_entry set action_type = 'FUND' where id = %s",
+        "update journal_entry set program_id = gen_random_uuid() where id = %s",
+        "update journal_entry set event_id = gen_random_uuid() where id = %s",
+        "update journal_entry set rule_id = gen_random_uuid() where id = %s",
+        "update journal_entry set api_key_id = null where id = %s",
+        "update journal_entry set reference_id = 'r' where id = %s",
+        "update journal_entry set created_at = created_at + interval '1 microsecond' where id = %s",
+        "update journal_entry set prev_hash = sha256('') where id = %s",
+        "update journal_entry set entry_hash = sha256('') where id = %s",
+        "update journal_entry set hash_version = 2 where id = %s",
+    ],
+)
+async def test_whatever_changes_in_an_entry_names_that_entry(
+    database: Database, organization: Tenant, entries: list[UUID], tamper: Tamper, statement: str
+) -> None:
+    tamper(statement, entries[4])
+
+    await assert_found(database, organization, entries[4])
+
+
+async def test_a_posting_moved_to_another_holder_is_found(
+    database: Database, organization: Tenant, entries: list[UUID], shop: Shop, tamper: Tamper
+) -> None:
+    tamper("update account set entity_id = gen_random_uuid() where entity_id = %s", shop.alice)
+
+    await assert_found(database, organization, entries[0])
+
+
+async def test_the_entry_behind_a_hole_is_the_invalid_one(
+    database: Database, organization: Tenant, entries: list[UUID], tamper: Tamper
+) -> None:
+    tamper("delete from posting where entry_id = %s", entries[4])
+    tamper("delete from journal_entry where id = %s", entries[4])
+
+    await assert_found(database, organization, entries[5])
+    assert (await check(database, organization, window=5)).first_invalid_entry_id == entries[5]
+
+
+async def test_the_first_entry_is_tied_to_genesis(
+    database: Database, organization: Tenant, entries: list[UUID], tamper: Tamper
+) -> None:
+    tamper("delete from posting where entry_id = %s", entries[0])
+    tamper("delete from journal_entry where id = %s", entries[0])
+
+    await assert_found(database, organization, entries[1])
+
+
+async def test_missing_newest_entries_are_found_by_the_head(
+    database: Database, organization: Tenant, entries: list[UUID], tamper: Tamper
+) -> None:
+    tamper("delete from posting where entry_id = any(%s)", entries[8:])
+    tamper("delete from journal_entry where id = any(%s)", entries[8:])
+
+    walk, integrity = await verify(database, organization), await check(database, organization)
+
+    assert (walk.valid, walk.first_invalid_entry_id) == (False, None)
+    assert (integrity.valid, integrity.first_invalid_entry_id) == (False, None)
+    assert (integrity.checked_to_sequence, integrity.head_sequence) == (8, 10)
+
+
+async def test_an_emptied_journal_is_found_by_the_head(
+    database: Database, organization: Tenant, entries: list[UUID], tamper: Tamper
+) -> None:
+    tamper("delete from posting where entry_id = any(%s)", entries)
+    tamper("delete from journal_entry where id = any(%s)", entries)
+
+    walk, integrity = await verify(database, organization), await check(database, organization)
+
+    assert (walk.valid, walk.entries_checked) == (False, 0)
+    assert (integrity.valid, integrity.entries_checked, integrity.checked_to_sequence) == (False, 0, None)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "update chain_head set sequence = sequence - 1 where organization_id = %s",
+        "update chain_head set hash = sha256('') where organization_id = %s",
+        "delete from chain_head where organization_id = %s",
+    ],
+)
+async def test_a_changed_head_is_found(
+    database: Database, organization: Tenant, entries: list[UUID], tamper: Tamper, statement: str
+) -> None:
+    tamper(statement, organization.id)
+
+    walk, integrity = await verify(database, organization), await check(database, organization)
+
+    assert (walk.valid, walk.first_invalid_entry_id) == (False, None)
+    assert (integrity.valid, integrity.first_invalid_entry_id) == (False, None)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "update posting set balance = balance + 1 where entry_id = %s and version is not null",
+        "update posting set version = version + 100 where entry_id = %s and version is not null",
+        "update posting set version = null, balance = null where entry_id = %s and version is not null",
+        "update posting set version = 1, balance = -5 where entry_id = %s and version is null",
+    ],
+)
+async def test_a_changed_running_balance_is_found_by_the_whole_check(
+    database: Database, organization: Tenant, entries: list[UUID], tamper: Tamper, statement: str
+) -> None:
+    tamper(statement, entries[4])
+
+    walk = await verify(database, organization)
+
+    assert (walk.valid, walk.first_invalid_entry_id) == (False, entries[4])
+
+
+async def test_postings_that_no_entry_seals_are_found(
+    database: Database, organization: Tenant, entries: list[UUID]
+) -> None:
+    async with database.transaction(organization.id) as tx:
+        await tx.execute(
+            "insert into posting (organization_id, entry_id, ordinal, id, account_id, asset_id, amount, version,"
+            " balance) select p.organization_id, md5(%s::text)::uuid, m.ordinal, gen_random_uuid(), p.account_id,"
+            " p.asset_id, m.amount, p.version + m.ordinal, p.balance + m.balance from posting p,"
+            " (values (1, 5, 5), (2, -5, 0)) m (ordinal, amount, balance)"
+            " where p.entry_id = %s and p.version is not null",
+            (entries[-1], entries[-1]),
+        )
+
+    walk = await verify(database, organization)
+
+    assert not walk.valid
+    assert walk.problem is not None
+    assert "doesn't exist" in walk.problem
+
+
+async def test_entries_written_during_a_walk_do_not_disturb_it(
+    database: Database, organization: Tenant, entries: list[UUID], shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "VERIFY_PAGE", 3)
+    async with database.transaction(organization.id) as tx:
+        walk = await begin_walk(tx)
+    for amount in range(20):
+        async with database.transaction(organization.id) as tx:
+            if not await advance(tx, walk):
+                break
+        await credits(database, organization, shop, amount + 1)
+
+    assert (walk.finished, walk.valid, walk.entries_checked) == (True, True, ENTRIES)
+
+
+async def test_pages_are_tied_to_each_other(
+    database: Database, organization: Tenant, entries: list[UUID], tamper: Tamper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "VERIFY_PAGE", 4)
+    tamper("update posting set amount = amount * 2 where entry_id = %s", entries[4])
+
+    assert (await verify(database, organization)).first_invalid_entry_id == entries[4]
+
+
+async def test_a_long_chain_is_not_checked_within_a_request(
+    database: Database, organization: Tenant, entries: list[UUID], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "VERIFY_IN_REQUEST", ENTRIES - 1)
+
+    with pytest.raises(Refusal, match="scrip verify") as refused:
+        await verify(database, organization)
+    assert refused.value.code == "bad_request"
