@@ -1,5 +1,6 @@
 """The `scrip` command: everything an operator does (docs/operations.md)."""
 
+import asyncio
 import json
 import sys
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import psycopg
@@ -22,6 +23,9 @@ from domain.clock import format_timestamp, system_clock
 from domain.errors import Refusal
 from domain.organizations import NewKey
 from settings import Settings, get_settings
+
+if TYPE_CHECKING:
+    from domain.ledger.verify import Walk
 
 MIGRATIONS = Path(__file__).parent / "db" / "migrations"
 APPLICATION_ROLE = "scrip_app"
@@ -230,7 +234,79 @@ def revoke_key(key_id: Annotated[UUID, typer.Argument(help="The key's id, as `sc
     typer.echo(f"Key {key_id} is revoked.")
 
 
+@app.command(rich_help_panel="Administration")
+def verify(
+    organization: Annotated[UUID | None, typer.Option("--org", help="Only this organization.")] = None,
+    as_json: JsonOutput = False,
+) -> None:
+    """Check the ledger of every organization: the hash chain from genesis, every sum and every running balance.
+
+    Exits with 1 when one is invalid, naming the first entry that fails, and with 2 when it could not be checked. Uses
+    SCRIP_DATABASE_URL, and SCRIP_OWNER_DATABASE_URL to find the organizations where no --org is given.
+    """
+    from db.session import DatabaseUnavailable
+
+    _require(get_settings().database_url.get_secret_value(), "SCRIP_DATABASE_URL", "the application's role")
+    try:
+        with _database_errors():
+            walks = asyncio.run(_verify_ledgers([organization] if organization else _all_organizations()))
+    except DatabaseUnavailable as error:
+        raise CommandError(f"Not checked, the database at SCRIP_DATABASE_URL is out of reach: {error}", 2) from None
+    except Refusal as refusal:
+        raise CommandError(refusal.message, 2) from None
+    except CommandError:
+        # A message has been printed. 1 means that something was found.
+        raise typer.Exit(2) from None
+    rows = [
+        {
+            "organization_id": walk.organization_id,
+            "valid": walk.valid,
+            "entries_checked": walk.entries_checked,
+            "first_invalid_entry_id": walk.first_invalid_entry_id,
+            "problem": walk.problem,
+        }
+        for walk in walks
+    ]
+    _print_rows(rows, as_json)
+    if not all(walk.valid for walk in walks):
+        raise typer.Exit(1)
+
+
 # --- Parts -------------------------------------------------------------------------------------------------------
+
+
+def _all_organizations() -> list[UUID]:
+    with _owner_connection() as (connection, _):
+        return [row.id for row in organizations.list_organizations(connection)]
+
+
+async def _verify_ledgers(organization_ids: list[UUID]) -> "list[Walk]":
+    """Walk the chain of each organization, a transaction per page, with a progress bar on stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from db.session import Database
+    from domain.ledger.verify import advance, begin_walk
+
+    url = get_settings().database_url.get_secret_value()
+    database = Database(url, size=1, timeout_s=10, clock=system_clock)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    walks = []
+    await database.open()
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            for organization_id in organization_ids:
+                async with database.transaction(organization_id) as tx:
+                    walk = await begin_walk(tx)
+                bar = progress.add_task(str(organization_id), total=walk.head_sequence)
+                unfinished = True
+                while unfinished:
+                    async with database.transaction(organization_id) as tx:
+                        unfinished = await advance(tx, walk)
+                    progress.update(bar, completed=walk.entries_checked)
+                walks.append(walk)
+    finally:
+        await database.close()
+    return walks
 
 
 def migrate_schema(owner_url: str) -> None:

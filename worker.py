@@ -19,13 +19,13 @@ from activities.events import EventActivities
 from db.session import Database, DatabaseUnavailable
 from domain import limits
 from domain.clock import Clock, system_clock
-from domain.events.drain import lane_of, programs_with_due_events
 from domain.events.retries import RetryPolicy
 from domain.logs import configure_logging
 from settings import Settings, get_settings
 from workflows import queues
 from workflows.event_processing import EventProcessing
 from workflows.gateway import Gateway, connect, register_search_attributes
+from workflows.reconcile import find_lost_wakes, reconcile
 
 logger = logging.getLogger("scrip.worker")
 
@@ -39,7 +39,7 @@ def build_worker(client: Client, settings: Settings, clock: Clock, executor: Thr
         clock,
         RetryPolicy(settings.max_attempts, settings.retry_schedule_s),
     )
-    activities: list[Any] = [events.drain_events]
+    activities: list[Any] = [events.drain_events, events.set_processing_paused]
     return Worker(
         client,
         task_queue=queues.LEDGER,
@@ -51,17 +51,17 @@ def build_worker(client: Client, settings: Settings, clock: Clock, executor: Thr
     )
 
 
-async def find_lost_wakes(database: Database, gateway: Gateway) -> None:
-    """Every two seconds, wake the programs that have had an event due for more than a second. Never returns."""
+async def keep_reconciled(database: Database, gateway: Gateway) -> None:
+    """Start what is missing now, then look for lost wakes every two seconds. Never returns."""
+    look = reconcile
     while True:
-        await asyncio.sleep(limits.LOST_WAKE_INTERVAL_S)
         try:
-            for organization_id, program_id in await programs_with_due_events(database):
-                lane = await lane_of(database, organization_id, program_id)
-                if not lane.is_drained:
-                    await gateway.wake_event_processing(organization_id, program_id, lane.program_name)
+            if woken := await look(database, gateway):
+                logger.info("woke the event processing of %d programs", woken)
+            look = find_lost_wakes
         except (DatabaseUnavailable, RPCError, RuntimeError) as error:
             logger.warning("looking for lost wakes failed, trying again: %s", error)
+        await asyncio.sleep(limits.LOST_WAKE_INTERVAL_S)
 
 
 async def run(settings: Settings) -> None:
@@ -78,7 +78,7 @@ async def run(settings: Settings) -> None:
     await database.open()
     gateway = Gateway.from_settings(settings)
     executor = ThreadPoolExecutor(settings.worker_drains, thread_name_prefix="drain")
-    timer = asyncio.create_task(find_lost_wakes(database, gateway))
+    timer = asyncio.create_task(keep_reconciled(database, gateway))
     async with build_worker(client, settings, system_clock, executor):
         if settings.worker_ready_file is not None:
             settings.worker_ready_file.touch()

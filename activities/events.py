@@ -1,7 +1,8 @@
 """Activities of event processing. Contract: rules-and-events.md 7."""
 
 import asyncio
-import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -10,10 +11,9 @@ from temporalio import activity
 
 from db.session import Database
 from domain.clock import Clock
+from domain.events.control import set_paused
 from domain.events.drain import drain
 from domain.events.retries import RetryPolicy
-
-logger = logging.getLogger("scrip.events")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,15 @@ class DrainReport:
     completed: int
     failed: int
     next_due_at: datetime | None
+
+
+@dataclass(frozen=True)
+class PauseRequest:
+    """Whether a program's events are to be processed."""
+
+    organization_id: UUID
+    program_id: UUID
+    paused: bool
 
 
 class EventActivities:
@@ -53,11 +62,27 @@ class EventActivities:
         """
         return asyncio.run(self._drain(request))
 
-    async def _drain(self, request: DrainRequest) -> DrainReport:
-        after_loss = activity.info().attempt > 1
+    @activity.defn
+    def set_processing_paused(self, request: PauseRequest) -> None:
+        """Stop or resume the processing of a program's events. Repeating it changes nothing."""
+        asyncio.run(self._set_paused(request))
+
+    async def _set_paused(self, request: PauseRequest) -> None:
+        async with self._connected() as database, database.transaction(request.organization_id) as tx:
+            await set_paused(tx, request.program_id, paused=request.paused)
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[Database]:
         database = Database(self._database_url, size=1, timeout_s=10, clock=self._clock)
         await database.open()
         try:
+            yield database
+        finally:
+            await database.close()
+
+    async def _drain(self, request: DrainRequest) -> DrainReport:
+        after_loss = activity.info().attempt > 1
+        async with self._connected() as database:
             result = await drain(
                 database,
                 request.organization_id,
@@ -66,6 +91,4 @@ class EventActivities:
                 activity.heartbeat,
                 after_loss=after_loss,
             )
-        finally:
-            await database.close()
         return DrainReport(result.events, result.completed, result.failed, result.next_due_at)

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api import assets, balances, events, health, ledger, participants, programs, rules, state, wallet
+from api.backlog import BacklogGauge
 from api.errors import install_error_handlers
 from api.middleware import EdgeMiddleware
 from api.rate_limits import RateLimiter
@@ -59,13 +60,15 @@ def create_app(
     if gateway is None:
         gateway = Gateway.from_settings(settings)
     waker = Waker(database, gateway)
-    services = ApiServices(settings, database, RateLimiter(), gateway, waker, clock)
+    backlog = BacklogGauge(database, settings.backlog_limit)
+    services = ApiServices(settings, database, RateLimiter(), gateway, waker, backlog, clock)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if own:
             await services.database.open()
         yield
+        backlog.close()
         await waker.close()
         if own:
             await services.database.close()

@@ -12,7 +12,7 @@ from api.errors import problems_of
 from api.models import ExternalId, IdempotencyKey, ListOf, RequestModel, ResponseModel, Timestamp, omittable
 from api.queries import EventFrom, EventTo, From, PageOf50, SortDirection, To, pagination_of
 from api.responses import JsonResponse, respond_dict
-from api.route import Tx, make_router
+from api.route import ApiServices, Tx, make_router
 from db import json
 from db.session import Transaction
 from db.tables import Event
@@ -179,6 +179,7 @@ class BulkRetryOut(ResponseModel):
 @router.post("/events", status_code=202, response_model=AcceptedOut)
 async def ingest_event(request: Request, tx: Tx, body: EventIn) -> JsonResponse:
     """Send one event. It is stored durably before the answer and processed right afterwards."""
+    _services(request).backlog.admit(tx.organization_id)
     accepted = await ingest_one(tx, body.to_domain())
     _wake_after_commit(request, tx, {accepted.program_id})
     return respond_dict(_accepted(accepted), 202, replayed=accepted.replayed)
@@ -187,6 +188,7 @@ async def ingest_event(request: Request, tx: Tx, body: EventIn) -> JsonResponse:
 @router.post("/events/batch", status_code=202, response_model=EventBatchOut)
 async def ingest_events(request: Request, tx: Tx, body: EventBatchIn) -> JsonResponse:
     """Send up to 100 events. Items are independent: good ones are accepted, bad ones answered with their error."""
+    _services(request).backlog.admit(tx.organization_id)
     results: list[Accepted | str] = [""] * len(body.events)
     valid: list[tuple[int, NewEvent]] = []
     for index, item in enumerate(body.events):
@@ -306,8 +308,13 @@ async def retry_event(request: Request, tx: Tx, event_id: UUID) -> JsonResponse:
     )
 
 
+def _services(request: Request) -> ApiServices:
+    services: ApiServices = request.app.state.services
+    return services
+
+
 def _wake_after_commit(request: Request, tx: Transaction, program_ids: set[UUID]) -> None:
-    waker = request.app.state.services.waker
+    waker = _services(request).waker
     for program_id in program_ids:
         tx.after_commit(lambda program_id=program_id: waker.wake(tx.organization_id, program_id))  # type: ignore[misc]
 

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope
 
+from api.backlog import BacklogGauge
 from api.context import RequestContext, context_of
 from api.errors import ERROR_RESPONSES
 from api.rate_limits import RateLimiter
@@ -42,6 +43,7 @@ class ApiServices:
     limiter: RateLimiter
     gateway: Gateway
     waker: Waker
+    backlog: BacklogGauge
     clock: Clock
 
 

@@ -13,7 +13,7 @@ from uuid import UUID
 from temporalio.service import RPCError
 
 from db.session import Database, DatabaseUnavailable
-from domain import limits
+from domain import faults, limits
 from domain.events.drain import lane_of
 from workflows.gateway import Gateway
 
@@ -61,6 +61,7 @@ class Waker:
 
     async def _send(self, organization_id: UUID, program_id: UUID) -> None:
         try:
+            await faults.reach("wake.sending")
             lane = await lane_of(self._database, organization_id, program_id)
             if lane.is_drained:
                 return

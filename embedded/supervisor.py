@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -128,10 +129,18 @@ class _Up:
         """Return the first organization and its key; both are made on the first start, and the key is shown once."""
         stored = read_json_object(self._home.credentials)
         if stored is None:
-            printed = keeper.run_once("bootstrap", _command("bootstrap", "--json"), self._owner_env())
-            stored = _parse_bootstrap(printed)
-            write_private_json(self._home.credentials, stored)
+            stored = self._ask(keeper, "bootstrap", "--json")
+            if stored.get("api_key") is None:
+                # An earlier start ended after the key was made and before it was kept; only its hash is left.
+                organization = str(stored["organization_id"])
+                stored = self._ask(keeper, "keys", "create", "--org", organization, "--name", "scrip up", "--json")
+            write_private_json(self._home.credentials, {name: stored[name] for name in ("organization_id", "api_key")})
         return Credentials(str(stored["organization_id"]), str(stored["api_key"]))
+
+    def _ask(self, keeper: Keeper, *words: str) -> dict[str, Any]:
+        """Run a command as the database's owner and return the JSON object it prints."""
+        answer: dict[str, Any] = json.loads(keeper.run_once(words[0], _command(*words), self._owner_env()))
+        return answer
 
     def _worker(self) -> Child:
         ready = self._home.worker_ready
@@ -230,13 +239,6 @@ def _clean_env() -> dict[str, str]:
 
 
 _DATABASE_VARIABLES = {"SCRIP_DATABASE_URL", "SCRIP_OWNER_DATABASE_URL"}
-
-
-def _parse_bootstrap(printed: str) -> dict[str, str]:
-    with suppress(ValueError, KeyError, TypeError):
-        answer = json.loads(printed)
-        return {"organization_id": str(answer["organization_id"]), "api_key": str(answer["api_key"])}
-    raise StartupProblem("The first organization could not be made: `scrip bootstrap --json` printed no key.")
 
 
 def _say(console: Console, text: str) -> None:

@@ -13,7 +13,7 @@ from temporalio import workflow
 from temporalio.common import RetryPolicy
 
 with workflow.unsafe.imports_passed_through():
-    from activities.events import DrainReport, DrainRequest, EventActivities
+    from activities.events import DrainReport, DrainRequest, EventActivities, PauseRequest
 
 IDLE_LIMIT = timedelta(minutes=1)
 
@@ -41,6 +41,7 @@ class EventProcessing:
     def __init__(self, request: EventProcessingInput) -> None:
         self._request = request
         self._woken = True
+        self._pause: bool | None = None
         self._processed = 0
 
     @workflow.signal(description="There may be events to process.")
@@ -48,17 +49,40 @@ class EventProcessing:
         """There may be events to process."""
         self._woken = True
 
+    @workflow.signal(description="Stop processing this program's events; they are accepted all the same.")
+    def pause(self) -> None:
+        """Stop processing this program's events."""
+        self._pause = True
+
+    @workflow.signal(description="Process this program's events again.")
+    def resume(self) -> None:
+        """Process this program's events again."""
+        self._pause = False
+
     @workflow.run
     async def run(self, request: EventProcessingInput) -> None:
         """Drain, then sleep until the next wake or due event; end after an idle minute."""
         while True:
             self._woken = False
+            await self._obey()
             report = await self._drain()
             self._describe(report)
             if workflow.info().is_continue_as_new_suggested():
                 workflow.continue_as_new(request)
             if not await self._wait_for_work(report.next_due_at):
                 return
+
+    async def _obey(self) -> None:
+        """Carry out what an operator asked for; it is kept in the database, for every worker to see."""
+        while self._pause is not None:
+            paused, self._pause = self._pause, None
+            await workflow.execute_activity_method(
+                EventActivities.set_processing_paused,
+                PauseRequest(self._request.organization_id, self._request.program_id, paused),
+                summary="pause" if paused else "resume",
+                start_to_close_timeout=timedelta(seconds=30),
+                retry_policy=RetryPolicy(maximum_interval=timedelta(seconds=5)),
+            )
 
     async def _drain(self) -> DrainReport:
         request = self._request
@@ -76,18 +100,21 @@ class EventProcessing:
 
     async def _wait_for_work(self, next_due_at: datetime | None) -> bool:
         """Wait for a wake or for the next due event; False after an idle minute."""
-        if self._woken:
+        if self._has_work():
             return True
         wait = IDLE_LIMIT if next_due_at is None else max(next_due_at - workflow.now(), timedelta(0))
         if next_due_at is not None and wait == timedelta(0):
             return True
         try:
             await workflow.wait_condition(
-                lambda: self._woken, timeout=wait, timeout_summary="next due event" if next_due_at else "idle limit"
+                self._has_work, timeout=wait, timeout_summary="next due event" if next_due_at else "idle limit"
             )
         except TimeoutError:
             return next_due_at is not None
         return True
+
+    def _has_work(self) -> bool:
+        return self._woken or self._pause is not None
 
     def _describe(self, report: DrainReport) -> None:
         """What an operator sees on the workflow's page."""

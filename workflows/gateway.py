@@ -110,7 +110,8 @@ async def has_search_attributes(client: Client) -> bool:
     """Whether our search attributes are registered in the namespace; a server that won't say counts as no."""
     try:
         listed = await client.operator_service.list_search_attributes(
-            temporalio.api.operatorservice.v1.ListSearchAttributesRequest(namespace=client.namespace)
+            temporalio.api.operatorservice.v1.ListSearchAttributesRequest(namespace=client.namespace),
+            timeout=timedelta(seconds=5),
         )
     except RPCError:
         return False

@@ -16,7 +16,7 @@ from psycopg.rows import DictRow
 
 from db import json
 from db.session import Database, Transaction
-from domain import limits
+from domain import faults, limits
 from domain.clock import format_timestamp
 from domain.events.engine import AssetTerms, Outcome, QueuedEvent, Reference, World, apply_event
 from domain.events.retries import RetryPolicy
@@ -63,13 +63,16 @@ async def process_batch(
             return BatchResult(len(events), failed=len(events))
         rules = await load_rule_set(tx, program_id, program["rules_version"])
         world, outcomes = await _apply(tx, program, rules, events)
+        await faults.reach("batch.applied")
         await _write(tx, world, outcomes, retries)
-        return BatchResult(
-            len(outcomes),
-            sum(outcome.verdict == "COMPLETED" for outcome in outcomes),
-            sum(outcome.verdict == "FAILED" for outcome in outcomes),
-            len(world.books.entries),
-        )
+        await faults.reach("batch.written")
+    await faults.reach("batch.committed")
+    return BatchResult(
+        len(outcomes),
+        sum(outcome.verdict == "COMPLETED" for outcome in outcomes),
+        sum(outcome.verdict == "FAILED" for outcome in outcomes),
+        len(world.books.entries),
+    )
 
 
 async def mark_started(database: Database, organization_id: UUID, program_id: UUID) -> int:
@@ -220,6 +223,8 @@ async def _load(
     if locked and (draws_on_wallet or rules.uses_program_state):
         await lock_programs(tx, [program_id])
     holders = await _participants(tx, ids, locked=locked)
+    if locked:
+        await faults.reach("batch.locked")
     joining = created | {h.id for h in holders.values() if _is_member(h, members)}
     await _enroll(tx, program_id, joining)
     program_holder = Holder("PROGRAM", program_id)

@@ -10,13 +10,13 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from uuid import UUID
 
 from psycopg.errors import UniqueViolation
 
 from db.session import REPEATABLE, Database, DatabaseUnavailable
-from domain import limits
+from domain import faults, limits
 from domain.events.batch import BatchResult, mark_started, next_due, process_batch
 from domain.events.retries import RetryPolicy
 
@@ -54,6 +54,7 @@ async def drain(
         queue.cautious_events = limits.BATCH_EVENTS
     ends_at = time.monotonic() + limits.DRAIN_LIMIT_S
     await _promise(database, organization_id, program_id, for_s=limits.DRAIN_LIMIT_S)
+    await faults.reach("drain.promised")
     dry_since = time.monotonic()
     while time.monotonic() < ends_at:
         found = await queue.process()
@@ -65,6 +66,7 @@ async def drain(
         else:
             await asyncio.sleep(limits.DRAIN_POLL_MS / 1000)
     await _promise(database, organization_id, program_id, for_s=None)
+    await faults.reach("drain.withdrawn")
     await queue.process()
     due = await next_due(database, organization_id, program_id)
     return DrainResult(queue.events, queue.completed, queue.failed, due)
@@ -180,8 +182,9 @@ async def lane_of(database: Database, organization_id: UUID, program_id: UUID) -
         return Lane(*row)
 
 
-async def programs_with_due_events(database: Database) -> list[tuple[UUID, UUID]]:
-    """(organization, program) of queues with an event that has been due for more than a second: lost wakes."""
-    older_than = database.clock() - timedelta(seconds=limits.LOST_WAKE_AGE_S)
-    rows = await database.system_rows("select * from programs_with_due_events(%s, 1000)", (older_than,))
+async def programs_with_events_due_at(database: Database, instant: datetime) -> list[tuple[UUID, UUID]]:
+    """(organization, program) of the queues, paused ones left out, that have an event which is due at `instant`."""
+    rows = await database.system_rows(
+        "select * from programs_with_due_events(%s, %s)", (instant, limits.PROGRAMS_PER_LOOK)
+    )
     return [(organization_id, program_id) for organization_id, program_id in rows]

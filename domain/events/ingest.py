@@ -16,7 +16,7 @@ import orjson
 
 from db import json
 from db.session import Transaction
-from domain import limits
+from domain import faults, limits
 from domain.errors import Refusal, bad_field, not_found
 from domain.exact_json import depth
 from domain.ids import event_id
@@ -92,6 +92,7 @@ async def ingest(tx: Transaction, events: Sequence[NewEvent]) -> list[Accepted |
             items[item.id] = item
     for item_id, result in (await _insert(tx, list(items.values()))).items():
         results[items[item_id].index] = result
+    await faults.reach("ingest.stored")
     # The second of two items with one key is a replay of the first, or conflicts with it.
     for index, item in repeats:
         first = items[item.id]

@@ -12,6 +12,7 @@ from psycopg import sql
 
 from db import json
 from db.session import Transaction
+from domain import faults
 from domain.ids import new_id
 from domain.ledger.books import SYSTEM_TYPES, Account, Books, Entry, Line
 from domain.ledger.canonical import HashedPosting, entry_body, entry_tail
@@ -86,6 +87,7 @@ async def write(tx: Transaction, books: Books) -> None:
         "postings": json.parameter([row for entry in books.entries for row in _posting_rows(entry)]),
     }
     await tx.execute(_INSERT_BOTH if opened else _INSERT_POSTINGS, params)
+    await faults.reach("ledger.written")
     sealed = json.parameter([_entry_row(tx, entry) for entry in books.entries])
     tx.commit_with(
         sql.SQL("select seal_entries({}, {}, {}::json)").format(

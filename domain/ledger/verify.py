@@ -20,7 +20,7 @@ from uuid import UUID
 
 from db.session import Transaction
 from domain import limits
-from domain.errors import Refusal
+from domain.errors import Refusal, not_found
 from domain.ledger.canonical import GENESIS_HASH, HASH_VERSION, HashedPosting, entry_body, entry_hash, entry_tail
 from domain.money import EXACT, ZERO
 
@@ -69,11 +69,12 @@ order by e.sequence, p.ordinal
 
 _HEAD = """
 select coalesce(h.sequence, 0) as head_sequence, h.hash as head_hash, coalesce(e.sequence, 0) as newest
-from (values (%s::uuid)) o (id)
+from organization o
 left join chain_head h on h.organization_id = o.id
 left join lateral (
     select sequence from journal_entry where organization_id = o.id order by sequence desc limit 1
 ) e on true
+where o.id = %s
 """
 
 _ORPHANS = """
@@ -167,9 +168,13 @@ async def check_window(tx: Transaction, window: int) -> Integrity:
 
 
 async def begin_walk(tx: Transaction) -> Walk:
-    """A walk over the whole chain of the transaction's organization, to its head as it is now."""
+    """A walk over the whole chain of the transaction's organization, to its head as it is now.
+
+    Raises Refusal `not_found` for an organization that doesn't exist.
+    """
     row = await tx.row(_HEAD, (tx.organization_id,))
-    assert row is not None, "the values list has one row"
+    if row is None:
+        raise not_found("organization")
     walk = Walk(tx.organization_id, row["head_sequence"], bytes(row["head_hash"] or GENESIS_HASH))
     if row["newest"] > walk.head_sequence:
         walk.problem = f"there are entries behind the head, up to sequence {row['newest']}"

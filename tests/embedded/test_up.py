@@ -162,11 +162,13 @@ def test_dead_children_come_back_and_a_killed_supervisor_is_cleaned_up_after(scr
     scrip.process.kill()
     scrip.process.wait()
     assert running(left) != []
+    # As if the kill had come between the making of the first key and its keeping.
+    (scrip.data_dir / "credentials.json").unlink()
 
     again = scrip.start()
     assert running(left) == []
-    assert again["api_key"] == ready["api_key"]
-    assert answers(f"{again['api_url']}/readyz") == 200
+    assert again["organization_id"] == ready["organization_id"]
+    assert answers(f"{again['api_url']}/v1/programs", again["api_key"]) == 200
     assert scrip.stop(signal.SIGHUP) == 0
 
 

@@ -1,0 +1,1 @@
+"""Figures, never timed tests: `python -m benchmarks` measures Scrip on this machine. docs/performance.md."""

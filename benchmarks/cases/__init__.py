@@ -1,0 +1,26 @@
+"""Every case, in the order in which they run."""
+
+from benchmarks.case import Case
+from benchmarks.cases import (
+    adjust,
+    batch,
+    latency,
+    memory,
+    parallel_programs,
+    postgres_ceiling,
+    single,
+    temporal_cost,
+    workflow_per_event,
+)
+
+CASES: tuple[Case, ...] = (
+    batch.CASE,
+    single.CASE,
+    latency.CASE,
+    adjust.CASE,
+    memory.CASE,
+    temporal_cost.CASE,
+    postgres_ceiling.CASE,
+    workflow_per_event.CASE,
+    parallel_programs.CASE,
+)

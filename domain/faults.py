@@ -1,0 +1,89 @@
+"""Fault points: named places where a test or a drill can kill, stall or fail the process. Off unless armed.
+
+`SCRIP_FAULTS` arms them for a process, e.g. `batch.written=kill@3,batch.locked=stall:20` (kill at the third time, stall
+for 20 seconds at the first); tests arm them in their own process with `arm`. Each armed fault fires once. An unarmed
+point costs one look at an empty dict.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+POINTS = (
+    "ingest.stored",  # an event is inserted, its transaction not committed
+    "wake.sending",  # a committed event is about to wake its workflow
+    "drain.promised",  # a drain has promised to look for events
+    "batch.locked",  # a batch holds the locks of its holders
+    "batch.applied",  # the batch is applied in memory, nothing written
+    "batch.written",  # everything is written, the commit not sent
+    "batch.committed",  # the batch is committed, nobody told
+    "drain.withdrawn",  # the promise is withdrawn, the last look not taken
+    "ledger.written",  # the postings of an operation or a batch are written, their entries not sealed
+)
+"""Every fault point there is; `reach` with another name is an error."""
+
+
+class InjectedFault(Exception):
+    """What a point armed with `fail` raises."""
+
+
+@dataclass(slots=True)
+class _Fault:
+    action: Literal["kill", "stall", "fail"]
+    seconds: float = 0.0
+    at_pass: int = 1
+
+
+_armed: dict[str, _Fault] = {}
+
+
+def parse(text: str) -> dict[str, _Fault]:
+    """The faults in `point=action[:seconds][@pass]`, separated by commas. Raises ValueError for anything else."""
+    faults = {}
+    for part in filter(None, text.split(",")):
+        point, _, order = part.partition("=")
+        order, _, at_pass = order.partition("@")
+        action, _, seconds = order.partition(":")
+        if point not in POINTS or action not in ("kill", "stall", "fail"):
+            raise ValueError(f"no such fault: {part!r}")
+        faults[point] = _Fault(action, float(seconds or 0), int(at_pass or 1))  # type: ignore[arg-type]
+    return faults
+
+
+@contextmanager
+def arm(text: str) -> Iterator[None]:
+    """Arm faults in this process for the length of a block."""
+    _armed.update(parse(text))
+    try:
+        yield
+    finally:
+        _armed.clear()
+
+
+async def reach(point: str) -> None:
+    """Pass a fault point. Raises InjectedFault where it is armed with `fail`."""
+    if not _armed:
+        return
+    assert point in POINTS, point
+    fault = _armed.get(point)
+    if fault is None:
+        return
+    fault.at_pass -= 1
+    if fault.at_pass > 0:
+        return
+    del _armed[point]
+    print(f"fault point {point}: {fault.action}", file=sys.stderr, flush=True)
+    if fault.action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.action == "stall":
+        await asyncio.sleep(fault.seconds)
+    else:
+        raise InjectedFault(point)
+
+
+_armed.update(parse(os.environ.get("SCRIP_FAULTS", "")))
