@@ -42,7 +42,7 @@ def fits_scale(amount: Decimal, scale: int) -> bool:
 
 def fits_size(amount: Decimal) -> bool:
     """Whether `amount` has at most 20 digits before the point. Contract: README.md "Money"."""
-    return abs(amount) < _TOO_LARGE
+    return amount.copy_abs() < _TOO_LARGE
 
 
 def parse_number(text: str) -> Decimal | None:

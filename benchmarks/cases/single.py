@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 
-from benchmarks.case import Bench, Case, Figure, Wrong
+from benchmarks.case import Bench, Case, Figure
 from benchmarks.load import Burst, middle, offer, percentile
-from benchmarks.workload import ENTRIES_PER_EVENT, event_requests, make_program, waiting_lists, warm_up
+from benchmarks.throughput import measure_events
+from benchmarks.workload import event_requests, make_program, waiting_lists, warm_up
 
 NAME = "single"
 CLIENTS = 32
+WARM_UP_REQUESTS = 200
 
 
 def run(bench: Bench) -> Iterator[Figure]:
@@ -15,20 +17,16 @@ def run(bench: Bench) -> Iterator[Figure]:
     endpoint, count = bench.system.endpoint, bench.sizes.single_events
     program = bench.programs[NAME] = make_program(bench.rest, NAME)
     warm_up(endpoint, program, bench.population, bench.sizes.warm_up_events)
-    offer(Burst(endpoint, event_requests(endpoint, program, bench.population, CLIENTS * 4), CLIENTS, 202))
-    rates, latencies_ms, shares = [], [], []
-    for _ in range(bench.sizes.repetitions):
-        requests = event_requests(endpoint, program, bench.population, count)
-        before = bench.rest.entries_written()
-        report = offer(Burst(endpoint, requests, CLIENTS, 202, until_empty=waiting_lists(endpoint, program)))
-        written = bench.rest.entries_written() - before
-        if written != count * ENTRIES_PER_EVENT:
-            raise Wrong(f"{count} events made {written} journal entries instead of {count * ENTRIES_PER_EVENT}")
-        rates.append(count / report.done_s)
-        latencies_ms += report.latencies_ms
-        shares.append(report.client_cpu_share)
-    share = max(shares)
-    yield Figure("events_per_s_single", middle(rates), "/s", tuple(rates), share)
+
+    def requests(count: int = count) -> list[bytes]:
+        return event_requests(endpoint, program, bench.population, count)
+
+    offer(Burst(endpoint, requests(WARM_UP_REQUESTS), CLIENTS, 202, until_empty=waiting_lists(endpoint, program)))
+    reports = measure_events(bench, program, requests, count, CLIENTS)
+    share = max(report.client_cpu_share for report in reports)
+    rates = tuple(count / report.done_s for report in reports)
+    latencies_ms = [latency_ms for report in reports for latency_ms in report.latencies_ms]
+    yield Figure("events_per_s_single", middle(rates), "/s", rates, share)
     yield Figure("single_request_p50_ms", percentile(latencies_ms, 50), "ms", (), share)
     yield Figure("single_request_p99_ms", percentile(latencies_ms, 99), "ms", (), share)
 

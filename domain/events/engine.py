@@ -281,7 +281,7 @@ class _Evaluation:
         if amount != ZERO:
             source = self._source(asset, amount)
             account = self.world.books.account("PARTICIPANT", holder.id, asset.id, "AVAILABLE")
-            entry_id = self._post("CREDIT", rule, action, [(source, -amount), (account, amount)])
+            entry_id = self._post("CREDIT", rule, action, [(source, amount.copy_negate()), (account, amount)])
         return self._asset_result(action, asset, amount, holder, entry_id)
 
     def _debit(self, rule: CompiledRule, action: Action, holder: Holder) -> dict[str, Any]:
@@ -292,7 +292,7 @@ class _Evaluation:
             if account.balance < amount and not action.allow_negative:
                 raise ActionFailed("insufficient balance", curable=True)
             breakage = self.world.books.system("SYSTEM_BREAKAGE", asset.id)
-            entry_id = self._post("DEBIT", rule, action, [(account, -amount), (breakage, amount)])
+            entry_id = self._post("DEBIT", rule, action, [(account, amount.copy_negate()), (breakage, amount)])
         return self._asset_result(action, asset, amount, holder, entry_id)
 
     def _tag(self, rule: CompiledRule, action: Action, holder: Holder) -> dict[str, Any]:

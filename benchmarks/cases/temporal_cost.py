@@ -1,0 +1,65 @@
+"""What the events of the throughput cases cost Temporal, counted in the histories of their workflows."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+
+from temporalio.api.enums.v1 import EventType
+from temporalio.client import Client
+
+from benchmarks.case import Bench, Case, Figure, Wrong
+from benchmarks.workload import BenchProgram
+from workflows.event_processing import workflow_id
+
+COUNTED = ("batch", "single")
+SIGNALED = EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED
+# What Temporal does once per entry of a history: take a signal, start a run, hand out a task, keep a timer.
+OPERATIONS = frozenset(
+    {
+        SIGNALED,
+        EventType.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED,
+        EventType.EVENT_TYPE_WORKFLOW_TASK_SCHEDULED,
+        EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED,
+        EventType.EVENT_TYPE_TIMER_STARTED,
+    }
+)
+
+
+def run(bench: Bench) -> Iterator[Figure]:
+    """Yield signals per 1,000 events and events per operation, over both throughput cases with their warm-ups."""
+    counted = Counter[int]()
+    for name in COUNTED:
+        counted += asyncio.run(_count(bench.servers.temporal_address, bench.programs[name]))
+    events = sum(_events_of(bench, name) for name in COUNTED)
+    operations = sum(counted[kind] for kind in OPERATIONS)
+    if not counted[SIGNALED]:
+        raise Wrong("no workflow of the events was found")
+    yield Figure("signals_per_1000_events", counted[SIGNALED] * 1000 / events, "")
+    yield Figure("events_per_temporal_operation", events / operations, "")
+
+
+def _events_of(bench: Bench, name: str) -> int:
+    return bench.events_sent[name]
+
+
+async def _count(address: str, program: BenchProgram) -> Counter[int]:
+    """How many history events of each type the program's runs have."""
+    client = await Client.connect(address)
+    return Counter([kind async for kind in _history(client, workflow_id(program.id))])
+
+
+async def _history(client: Client, id_: str) -> AsyncIterator[int]:
+    async for execution in client.list_workflows(f"WorkflowId = '{id_}'"):
+        handle = client.get_workflow_handle(id_, run_id=execution.run_id)
+        async for event in handle.fetch_history_events():
+            yield event.event_type
+
+
+CASE = Case(
+    "temporal_cost",
+    "Cost to Temporal",
+    ("signals_per_1000_events", "events_per_temporal_operation"),
+    run,
+    after=COUNTED,
+    needs_servers=True,
+)

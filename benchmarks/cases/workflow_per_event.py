@@ -1,0 +1,79 @@
+"""The design that Scrip avoids, on the same server: one workflow per event.
+
+The workflow does nothing at all, not even an activity, in a worker process of its own, 50 at once: no code of ours
+could make a workflow per event faster than this.
+"""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from uuid import uuid4
+
+from temporalio.client import Client
+
+from benchmarks.baseline_worker import WORKFLOW_NAME
+from benchmarks.case import Bench, Case, Figure
+from benchmarks.load import ROOT
+
+AT_ONCE = 50
+WARM_UP_WORKFLOWS = 50
+
+
+def run(bench: Bench) -> Iterator[Figure]:
+    """Yield no-op workflows per second and how many times more events per second Scrip completes in batches."""
+    rate = asyncio.run(_measure(bench.servers.temporal_address, bench.sizes.workflows))
+    batch = bench.figures["events_per_s_batch"]
+    yield Figure("workflow_per_event_per_s", rate, "/s")
+    yield Figure("events_over_workflow_baseline", batch.value / rate, "x", (), batch.client_cpu_share)
+
+
+async def _measure(address: str, workflows: int) -> float:
+    client = await Client.connect(address)
+    queue = f"benchmark-{uuid4().hex}"
+    async with _worker(address, queue):
+        await _execute(client, queue, WARM_UP_WORKFLOWS)
+        started = time.perf_counter()
+        await _execute(client, queue, workflows)
+        return workflows / (time.perf_counter() - started)
+
+
+async def _execute(client: Client, queue: str, count: int) -> None:
+    todo = iter(range(count))
+
+    async def execute_some() -> None:
+        for number in todo:
+            await client.execute_workflow(WORKFLOW_NAME, id=f"{queue}/{uuid4().hex}-{number}", task_queue=queue)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(AT_ONCE):
+            group.create_task(execute_some())
+
+
+@asynccontextmanager
+async def _worker(address: str, queue: str) -> AsyncIterator[None]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.baseline_worker", address, queue], cwd=ROOT, stdin=subprocess.DEVNULL
+    )
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+CASE = Case(
+    "workflow_per_event",
+    "Baseline: a workflow per event",
+    ("workflow_per_event_per_s", "events_over_workflow_baseline"),
+    run,
+    after=("batch",),
+    needs_servers=True,
+)

@@ -1,0 +1,27 @@
+"""Measuring how many events are COMPLETED per second, the same way for every case that asks."""
+
+from collections.abc import Callable, Sequence
+
+from benchmarks.case import Bench, Wrong
+from benchmarks.load import Burst, BurstReport, offer
+from benchmarks.workload import ENTRIES_PER_EVENT, BenchProgram, waiting_lists
+
+
+def measure_events(
+    bench: Bench, program: BenchProgram | None, make_requests: Callable[[], Sequence[bytes]], events: int, clients: int
+) -> list[BurstReport]:
+    """Send `events` events in the requests that `make_requests` makes anew for each repetition; a report for each.
+
+    A repetition ends when no event of the program (None: of the organization) waits. Raises Wrong when the events did
+    not make exactly the journal entries that they must make: a run that skips work has no figure.
+    """
+    endpoint = bench.system.endpoint
+    reports = []
+    for _ in range(bench.sizes.repetitions):
+        requests = make_requests()
+        before = bench.rest.entries_written()
+        reports.append(offer(Burst(endpoint, requests, clients, 202, until_empty=waiting_lists(endpoint, program))))
+        written = bench.rest.entries_written() - before
+        if written != events * ENTRIES_PER_EVENT:
+            raise Wrong(f"{events} events made {written} journal entries instead of {events * ENTRIES_PER_EVENT}")
+    return reports
