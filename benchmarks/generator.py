@@ -12,6 +12,8 @@ from array import array
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Iterator
 
+import uvloop
+
 from benchmarks.load import CLIENTS_LIMIT, EVENT_ID, Burst, BurstReport, Endpoint, LoadFailed, Watch, WatchReport
 
 EMPTY_PAGE = b'"data":[]'
@@ -134,19 +136,16 @@ def main() -> None:
     job = pickle.load(sys.stdin.buffer)
     # A collection in the middle of a run would be measured as the server's latency.
     gc.disable()
-    report: BurstReport | WatchReport
     try:
-        if sys.platform == "win32":
-            runner = asyncio.Runner()
-        else:
-            import uvloop
-
-            runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        with runner:
-            report = runner.run(run_burst(job) if isinstance(job, Burst) else run_watch(job))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            report: BurstReport | WatchReport = runner.run(_do(job))
     except (LoadFailed, OSError, EOFError, ExceptionGroup) as error:
         sys.exit(str(_first(error)))
     pickle.dump(report, sys.stdout.buffer)
+
+
+async def _do(job: Burst | Watch) -> BurstReport | WatchReport:
+    return await run_burst(job) if isinstance(job, Burst) else await run_watch(job)
 
 
 def _first(error: BaseException) -> BaseException:

@@ -1,7 +1,6 @@
 """The system under measurement: a fresh one in a temporary directory, or one that is up already."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -106,11 +105,7 @@ def fresh_system() -> Iterator[System]:
 
 def filesystem_of(path: Path) -> str:
     """The type of the file system that holds `path`, such as ext4: on tmpfs a commit costs no disk write."""
-    mounts = [
-        mount
-        for mount in psutil.disk_partitions(all=True)
-        if path.resolve().is_relative_to(mount.mountpoint)
-    ]
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(mount.mountpoint)]
     return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else "unknown"
 
 
@@ -121,7 +116,6 @@ def _start(home: Path, output: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "cli", "up", *places, *ports],
         cwd=ROOT,
-        env={**os.environ, "SCRIP_LOG_LEVEL": os.environ.get("SCRIP_LOG_LEVEL", "INFO")},
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,

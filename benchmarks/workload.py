@@ -79,12 +79,10 @@ def batch_requests(
     ]
 
 
-def waiting_lists(endpoint: Endpoint, program: BenchProgram) -> list[bytes]:
-    """The lists that are empty when every event of the program has been processed."""
-    return [
-        endpoint.get(f"/v1/events?program_id={program.id}&status={status}&limit=1")
-        for status in ("RECEIVED", "PENDING")
-    ]
+def waiting_lists(endpoint: Endpoint, program: BenchProgram | None) -> list[bytes]:
+    """The lists that are empty when every event of the program (None: of the organization) has been processed."""
+    scope = f"program_id={program.id}&" if program else ""
+    return [endpoint.get(f"/v1/events?{scope}status={status}&limit=1") for status in ("RECEIVED", "PENDING")]
 
 
 def warm_up(endpoint: Endpoint, program: BenchProgram, population: Population, count: int) -> None:

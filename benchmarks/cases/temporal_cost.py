@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 
+import psycopg
 from temporalio.api.enums.v1 import EventType
 from temporalio.client import Client
 
@@ -30,7 +31,7 @@ def run(bench: Bench) -> Iterator[Figure]:
     counted = Counter[int]()
     for name in COUNTED:
         counted += asyncio.run(_count(bench.servers.temporal_address, bench.programs[name]))
-    events = sum(_events_of(bench, name) for name in COUNTED)
+    events = _count_events(bench)
     operations = sum(counted[kind] for kind in OPERATIONS)
     if not counted[SIGNALED]:
         raise Wrong("no workflow of the events was found")
@@ -38,8 +39,15 @@ def run(bench: Bench) -> Iterator[Figure]:
     yield Figure("events_per_temporal_operation", events / operations, "")
 
 
-def _events_of(bench: Bench, name: str) -> int:
-    return bench.events_sent[name]
+def _count_events(bench: Bench) -> int:
+    program_ids = [bench.programs[name].id for name in COUNTED]
+    with psycopg.connect(bench.servers.owner_database_url) as connection:
+        found = connection.execute(
+            "select count(*) from event where organization_id = %s and program_id = any(%s)",
+            (bench.servers.organization_id, program_ids),
+        ).fetchone()
+    assert found is not None
+    return int(found[0])
 
 
 async def _count(address: str, program: BenchProgram) -> Counter[int]:

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from uuid import uuid4
 
 from temporalio.client import Client
@@ -25,20 +25,20 @@ WARM_UP_WORKFLOWS = 50
 
 def run(bench: Bench) -> Iterator[Figure]:
     """Yield no-op workflows per second and how many times more events per second Scrip completes in batches."""
-    rate = asyncio.run(_measure(bench.servers.temporal_address, bench.sizes.workflows))
+    address, queue = bench.servers.temporal_address, f"benchmark-{uuid4().hex}"
+    with _worker(address, queue):
+        rate = asyncio.run(_measure(address, queue, bench.sizes.workflows))
     batch = bench.figures["events_per_s_batch"]
     yield Figure("workflow_per_event_per_s", rate, "/s")
     yield Figure("events_over_workflow_baseline", batch.value / rate, "x", (), batch.client_cpu_share)
 
 
-async def _measure(address: str, workflows: int) -> float:
+async def _measure(address: str, queue: str, workflows: int) -> float:
     client = await Client.connect(address)
-    queue = f"benchmark-{uuid4().hex}"
-    async with _worker(address, queue):
-        await _execute(client, queue, WARM_UP_WORKFLOWS)
-        started = time.perf_counter()
-        await _execute(client, queue, workflows)
-        return workflows / (time.perf_counter() - started)
+    await _execute(client, queue, WARM_UP_WORKFLOWS)
+    started = time.perf_counter()
+    await _execute(client, queue, workflows)
+    return workflows / (time.perf_counter() - started)
 
 
 async def _execute(client: Client, queue: str, count: int) -> None:
@@ -53,8 +53,8 @@ async def _execute(client: Client, queue: str, count: int) -> None:
             group.create_task(execute_some())
 
 
-@asynccontextmanager
-async def _worker(address: str, queue: str) -> AsyncIterator[None]:
+@contextmanager
+def _worker(address: str, queue: str) -> Iterator[None]:
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.baseline_worker", address, queue], cwd=ROOT, stdin=subprocess.DEVNULL
     )

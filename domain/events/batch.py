@@ -177,13 +177,18 @@ async def _apply(
         await tx.execute("savepoint batch")
         world = await _load(tx, program, rules, references, members, locked=not scouting)
         outcomes = [apply_event(world, rules, event, tx.now) for event in events]
-        if not world.missing and not scouting:
+        references = members | world.reached
+        if not world.missing and not scouting and not _created_in_vain(world, references):
             return world, [outcome for outcome in outcomes if outcome is not None]
-        # Rolling back to the savepoint lets go of the locks, so that the larger set can be locked in order.
+        # Rolling back to the savepoint lets go of the locks, so that another set can be locked in order.
         await tx.execute("rollback to savepoint batch")
-        references |= world.missing
         scouting = scouting and bool(world.missing)
     raise BatchTooWide(f"{len(events)} events")
+
+
+def _created_in_vain(world: World, references: set[Reference]) -> bool:
+    """Whether somebody was made whom no event reaches after all: an event before changed what the rules do."""
+    return any(Reference(external_id=world.participants[id].external_id) not in references for id in world.created)
 
 
 def _references(event: QueuedEvent) -> Iterable[Reference]:
@@ -242,6 +247,7 @@ async def _load(
         known=references,
         assets=assets,
         books=books,
+        created=created,
     )
 
 

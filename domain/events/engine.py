@@ -69,7 +69,8 @@ class AssetTerms:
 class World:
     """Everything loaded for a batch.
 
-    `known` are the references that were looked up, found or not; `missing` those that events reached for beyond them.
+    `known` are the references that were looked up, found or not; `missing` those that events reached for beyond them;
+    `reached` all that events reached for. `created` are the participants that were made for this batch.
     """
 
     program: Holder
@@ -79,7 +80,9 @@ class World:
     assets: dict[UUID, AssetTerms]
     books: Books
     state: StateJournal = field(default_factory=StateJournal)
+    created: set[UUID] = field(default_factory=set)
     missing: set[Reference] = field(default_factory=set)
+    reached: set[Reference] = field(default_factory=set)
 
     def find(self, reference: Reference) -> Holder | None:
         """The participant behind `reference`, None if there is no such one.
@@ -87,6 +90,7 @@ class World:
         One that was never looked up is noted in `missing` and answered with a phantom, so that a single pass learns of
         everything an event reaches for; what the event did is undone then.
         """
+        self.reached.add(reference)
         if reference.id is not None:
             found = self.participants.get(reference.id)
         else:
@@ -197,7 +201,7 @@ class _Evaluation:
     def _visible_data(self) -> dict[str, Any]:
         """The payload as expressions see it: with the recipient's identifiers, where the payload has no such key."""
         event = self.event
-        if self.recipient is self.participant:
+        if event.recipient_id is None and event.recipient_external_id is None:
             return event.data
         extra: dict[str, Any] = {"recipient_id": str(self.recipient.id)}
         if self.recipient.external_id is not None:
@@ -289,7 +293,9 @@ class _Evaluation:
         entry_id = None
         if amount != ZERO:
             account = self.world.books.account("PARTICIPANT", holder.id, asset.id, "AVAILABLE")
-            if account.balance < amount and not action.allow_negative:
+            # What a holder has that isn't loaded yet is unknown: the pass goes on, to learn whom else the event reaches.
+            is_short = account.balance < amount and holder.id in self.world.participants
+            if is_short and not action.allow_negative:
                 raise ActionFailed("insufficient balance", curable=True)
             breakage = self.world.books.system("SYSTEM_BREAKAGE", asset.id)
             entry_id = self._post("DEBIT", rule, action, [(account, amount.copy_negate()), (breakage, amount)])

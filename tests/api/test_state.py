@@ -32,7 +32,7 @@ async def changes(client: httpx.AsyncClient, entity: str, **params: Any) -> list
     """A participant's history as (type, key, operation, old, new), oldest first."""
     rows = await all_pages(client, f"{entity}/activity/state-history", **params)
     names = ("state_type", "key", "operation", "old_value", "new_value")
-    return [tuple(row[name] for name in names) for row in reversed(rows)]  # type: ignore[misc]
+    return [tuple(row[name] for name in names) for row in reversed(rows)]
 
 
 # --- Tags --------------------------------------------------------------------------------------------------------
