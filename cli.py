@@ -1,20 +1,23 @@
 """The `scrip` command: everything an operator does (docs/operations.md)."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from uuid import UUID
 
 import psycopg
 import typer
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
+from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +28,11 @@ from domain.organizations import NewKey
 from settings import Settings, get_settings
 
 if TYPE_CHECKING:
+    from db.session import Database, Transaction
     from domain.ledger.verify import Walk
+    from workflows.gateway import Gateway
+
+T = TypeVar("T")
 
 MIGRATIONS = Path(__file__).parent / "db" / "migrations"
 APPLICATION_ROLE = "scrip_app"
@@ -50,9 +57,12 @@ app = typer.Typer(
 )
 org = typer.Typer(no_args_is_help=True, help="Organizations: the tenants. Each has its own data, ledger and keys.")
 keys = typer.Typer(no_args_is_help=True, help="API keys. A key has full access to its organization.")
+events = typer.Typer(no_args_is_help=True, help="Events: retry what failed, pause and resume a program's processing.")
+app.add_typer(events, name="events", rich_help_panel="Administration")
 app.add_typer(org, name="org", rich_help_panel="Administration")
 app.add_typer(keys, name="keys", rich_help_panel="Administration")
 
+ProgramId = Annotated[UUID, typer.Argument(help="The program's id.")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
@@ -69,9 +79,10 @@ class CommandError(typer.Exit):
 
 @app.command(rich_help_panel="Running")
 def up(
-    data_dir: Annotated[Path, typer.Option(help="Where everything is kept; made if missing, readable by you only.")] = (
-        Path(".scrip")
-    ),
+    data_dir: Annotated[
+        Path,
+        typer.Option(envvar="SCRIP_DATA_DIR", help="Where everything is kept; made if missing, readable by you only."),
+    ] = Path(".scrip"),
     host: Annotated[str, typer.Option(help="Address the API listens on. Nothing else is ever exposed.")] = "127.0.0.1",
     api_port: Annotated[int, typer.Option(help="Port of the API; 0 picks a free one.")] = 8080,
     temporal_port: Annotated[int, typer.Option(help="Port of Temporal; 0 picks a free one.")] = 7233,
@@ -156,7 +167,7 @@ def migrate() -> None:
     Uses SCRIP_OWNER_DATABASE_URL, whose role owns the tables. The role in SCRIP_DATABASE_URL, as which the API and the
     workers connect, is made if it doesn't exist yet; it owns nothing and is bound by row-level security.
     """
-    settings = get_settings()
+    settings = _admin_settings()
     owner_url = _owner_url(settings)
     with _database_errors():
         migrate_schema(owner_url)
@@ -259,7 +270,7 @@ def verify(
     """
     from db.session import DatabaseUnavailable
 
-    _require(get_settings().database_url.get_secret_value(), "SCRIP_DATABASE_URL", "the application's role")
+    _require(_admin_settings().database_url.get_secret_value(), "SCRIP_DATABASE_URL", "the application's role")
     try:
         with _database_errors():
             walks = asyncio.run(_verify_ledgers([organization] if organization else _all_organizations()))
@@ -285,6 +296,51 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command(rich_help_panel="Administration")
+def reconcile() -> None:
+    """Start in Temporal what Postgres says should be running.
+
+    For after a restored backup or a deleted Temporal. Workers do this by themselves when they start. Safe to repeat.
+    """
+    from workflows.reconcile import reconcile as start_missing
+
+    woken = asyncio.run(_with_temporal(start_missing))
+    typer.echo(f"Woke the event processing of {woken} programs.")
+
+
+@events.command("retry")
+def retry_events(
+    program: ProgramId,
+    since: Annotated[datetime | None, typer.Option("--from", help="Stored at or after this instant (UTC).")] = None,
+    to: Annotated[datetime | None, typer.Option(help="Stored at or before this instant (UTC).")] = None,
+    error_contains: Annotated[str | None, typer.Option(help="Text that the error message contains.")] = None,
+) -> None:
+    """Queue every FAILED event of a program again that matches. They meet the rules as they are now."""
+    from domain.events.queries import retry_all
+
+    first, last = _in_utc(since), _in_utc(to)
+    count = asyncio.run(_in_program(program, lambda tx: retry_all(tx, program, first, last, error_contains)))
+    typer.echo(f"Queued {count} events.")
+
+
+@events.command("pause")
+def pause_events(program: ProgramId) -> None:
+    """Stop processing a program's events; they are accepted all the same. A batch under way is finished."""
+    from domain.events.control import set_paused
+
+    asyncio.run(_in_program(program, lambda tx: set_paused(tx, program, paused=True)))
+    typer.echo(f"Paused. To go on: scrip events resume {program}")
+
+
+@events.command("resume")
+def resume_events(program: ProgramId) -> None:
+    """Process a program's events again, those that came in meanwhile first. It begins within two seconds."""
+    from domain.events.control import set_paused
+
+    asyncio.run(_in_program(program, lambda tx: set_paused(tx, program, paused=False)))
+    typer.echo("Resumed.")
+
+
 # --- Parts -------------------------------------------------------------------------------------------------------
 
 
@@ -293,14 +349,58 @@ def _all_organizations() -> list[UUID]:
         return [row.id for row in organizations.list_organizations(connection)]
 
 
-async def _verify_ledgers(organization_ids: list[UUID]) -> "list[Walk]":
+def _in_utc(instant: datetime | None) -> datetime | None:
+    """What was typed without a time zone is UTC."""
+    return instant.replace(tzinfo=UTC) if instant is not None and instant.tzinfo is None else instant
+
+
+async def _in_program(program_id: UUID, work: Callable[[Transaction], Awaitable[T]]) -> T:
+    """Run `work` in a transaction of the organization that owns the program."""
+    with _owner_connection() as (connection, settings):
+        found = connection.execute("select organization_id from program where id = %s", (program_id,)).fetchone()
+    if found is None:
+        raise CommandError(f"There is no program {program_id}.")
+    async with _open_database(settings) as database:
+        return await database.repeat(found[0], work)
+
+
+async def _with_temporal(work: Callable[[Database, Gateway], Awaitable[T]]) -> T:
+    """Run `work` with the database and Temporal. Raises CommandError where one of them is out of reach."""
+    from temporalio.service import RPCError
+
+    from workflows.gateway import Gateway
+
+    settings = _admin_settings()
+    _require(settings.database_url.get_secret_value(), "SCRIP_DATABASE_URL", "the application's role")
+    try:
+        async with _open_database(settings) as database:
+            return await work(database, Gateway.from_settings(settings))
+    except (RPCError, RuntimeError) as error:
+        raise CommandError(f"Temporal at {settings.temporal_address} is out of reach: {error}") from None
+
+
+@asynccontextmanager
+async def _open_database(settings: Settings) -> AsyncIterator[Database]:
+    from db.session import Database, DatabaseUnavailable
+
+    database = Database(settings.database_url.get_secret_value(), size=1, timeout_s=10, clock=system_clock)
+    await database.open()
+    try:
+        yield database
+    except DatabaseUnavailable as error:
+        raise CommandError(f"The database at SCRIP_DATABASE_URL is out of reach: {error}") from None
+    finally:
+        await database.close()
+
+
+async def _verify_ledgers(organization_ids: list[UUID]) -> list[Walk]:
     """Walk the chain of each organization, a transaction per page, with a progress bar on stderr."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from db.session import Database
     from domain.ledger.verify import advance, begin_walk
 
-    url = get_settings().database_url.get_secret_value()
+    url = _admin_settings().database_url.get_secret_value()
     database = Database(url, size=1, timeout_s=10, clock=system_clock)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     walks = []
@@ -396,7 +496,7 @@ def _can_connect(url: str) -> bool:
 @contextmanager
 def _owner_connection() -> Iterator[tuple[psycopg.Connection[Any], Settings]]:
     """A transaction of the owning role, committed at the end; refusals and outages end the command with a message."""
-    settings = get_settings()
+    settings = _admin_settings()
     owner_url = _owner_url(settings)
     with _database_errors(), psycopg.connect(owner_url, connect_timeout=5) as connection:
         try:
@@ -413,6 +513,25 @@ def _database_errors() -> Iterator[None]:
         raise CommandError("The database has no tables yet: run `scrip migrate` first.") from None
     except psycopg.OperationalError as error:
         raise CommandError(f"The database at SCRIP_OWNER_DATABASE_URL is out of reach: {error}".rstrip()) from None
+
+
+def _admin_settings() -> Settings:
+    """The settings of a command that manages a platform: the environment's, else those of a `scrip up` running here."""
+    from embedded.datadir import serving
+
+    settings = get_settings()
+    if settings.owner_database_url.get_secret_value() or settings.database_url.get_secret_value():
+        return settings
+    found = serving(settings.data_dir)
+    if found is None:
+        return settings
+    return settings.model_copy(
+        update={
+            "database_url": SecretStr(found["database_url"]),
+            "owner_database_url": SecretStr(found["owner_database_url"]),
+            "temporal_address": found["temporal_address"],
+        }
+    )
 
 
 def _owner_url(settings: Settings) -> str:

@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     rate_per_second: int = Field(default=10_000, ge=1, description="Requests per second of a new organization.")
     rate_burst: int = Field(default=20_000, ge=1, description="Burst of a new organization.")
 
+    data_dir: Path = Field(
+        default=Path(".scrip"), description="Where `scrip up` keeps everything, and where other commands look for it."
+    )
     worker_ready_file: Path | None = Field(
         default=None,
         description="A file that the worker creates once it polls; a supervisor's readiness probe.",
