@@ -149,7 +149,9 @@ def demo(
     api_url: Annotated[str | None, typer.Option(help="Where Scrip serves, such as http://127.0.0.1:8080.")] = None,
     api_key: Annotated[str | None, typer.Option(help="A key of the organization that gets the demo's data.")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="The ready file of a running `scrip up`.")] = None,
-    data_dir: Annotated[Path, typer.Option(help="The data directory of a running `scrip up`.")] = Path(".scrip"),
+    data_dir: Annotated[
+        Path, typer.Option(envvar="SCRIP_DATA_DIR", help="The data directory of a running `scrip up`.")
+    ] = Path(".scrip"),
 ) -> None:
     """Send three months of card purchases to a running Scrip and show what became of them. Twice adds nothing."""
     from demo.run import demo_command

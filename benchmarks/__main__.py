@@ -18,12 +18,14 @@ from temporalio.service import RPCError
 from benchmarks.case import HEADLINE, QUICK, Bench, Case, Sizes, Wrong
 from benchmarks.cases import CASES
 from benchmarks.load import LoadFailed
+from benchmarks.processes import Moment
 from benchmarks.report import Machine, Results, client_cpu_share, save, show
 from benchmarks.rest import Rest
 from benchmarks.system import System, SystemFailed, attach, fresh_system
 from benchmarks.workload import make_population
 
 LATEST = Path(__file__).parent / "latest.json"
+WIDTH_IN_FILES = 120
 FAILURES = (LoadFailed, Wrong, httpx.HTTPError, psycopg.Error, RPCError, RuntimeError, OSError)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -72,15 +74,16 @@ def measure(
     signal.signal(signal.SIGTERM, _leave)
     cases = _selected(case, full=full)
     console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(soft_wrap=True, width=WIDTH_IN_FILES)
     results = Results(Machine.now())
     try:
         with _system(against, key) as system:
             _run(system, cases, QUICK if quick else HEADLINE, results)
-    except (SystemFailed, ValueError) as error:
+    except (SystemFailed, ValueError, *FAILURES) as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    finally:
-        _finish(console, results, output)
+    _finish(console, results, output)
     raise typer.Exit(1 if results.failed else 0)
 
 
@@ -118,7 +121,9 @@ def _run(system: System, cases: list[Case], sizes: Sizes, results: Results) -> N
         bench.figures = results.figures
         for case in cases:
             progress.update(task, description=case.title)
+            before = Moment.now()
             _run_case(case, bench, results)
+            results.add_others(case.name, before, Moment.now())
             progress.advance(task)
     rest.close()
 
@@ -131,15 +136,15 @@ def _run_case(case: Case, bench: Bench, results: Results) -> None:
         results.skipped[case.name] = f"needs {', '.join(missing)}"
     else:
         try:
-            for figure in case.run(bench):
-                results.figures[figure.name] = figure
+            figures = list(case.run(bench))
         except FAILURES as error:
             results.failed[case.name] = f"{type(error).__name__}: {error}"
+            return
+        assert tuple(figure.name for figure in figures) == case.yields, f"{case.name} does not yield what it says"
+        results.figures.update({figure.name: figure for figure in figures})
 
 
 def _finish(console: Console, results: Results, output: Path) -> None:
-    if not results.figures and not results.failed:
-        return
     share = client_cpu_share(results.figures)
     if share is not None:
         results.figures[share.name] = share

@@ -77,7 +77,10 @@ QUICK = Sizes(
 
 @dataclass(slots=True)
 class Bench:
-    """What a case works with. `programs` are those of earlier cases, by the case's name; `figures` are theirs."""
+    """What a case works with. `programs` are those of earlier cases, by the case's name; `figures` are theirs.
+
+    `cpu_ms_per_event` has the processor time of each server process, by the name of the case that sent the events.
+    """
 
     system: System
     rest: Rest
@@ -85,6 +88,7 @@ class Bench:
     population: Population
     programs: dict[str, BenchProgram] = field(default_factory=dict)
     figures: dict[str, Figure] = field(default_factory=dict)
+    cpu_ms_per_event: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def servers(self) -> Servers:

@@ -15,10 +15,12 @@ from rich.table import Table
 
 from benchmarks.case import Figure
 from benchmarks.load import CLIENT_CPU_SHARE_LIMIT
+from benchmarks.processes import Moment
 from benchmarks.system import filesystem_of
 
-# A machine that does other work measures that work too.
-QUIET_LOAD_PER_CPU = 0.25
+# A machine that does other work measures that work too; the kernel's own share is below this.
+QUIET_CORES = 0.15
+READABLE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +48,24 @@ class Machine:
             taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    @property
-    def is_quiet(self) -> bool:
-        """Whether hardly anything else ran before."""
-        return self.load <= QUIET_LOAD_PER_CPU * self.cpus
-
 
 @dataclass(slots=True)
 class Results:
-    """What a run gave: figures by name, and why the cases without figures have none."""
+    """What a run gave: figures by name, and why the cases without figures have none.
+
+    `others` says how many cores everything that wasn't ours kept busy while a case ran, by the case's name.
+    """
 
     machine: Machine
     figures: dict[str, Figure] = field(default_factory=dict)
+    others: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+
+    def add_others(self, case: str, before: Moment, after: Moment) -> None:
+        """Note what else ran between two readings; a short time says nothing, as processors count in 10 ms."""
+        if after.at - before.at >= READABLE_S:
+            self.others[case] = after.others_since(before)
 
 
 def client_cpu_share(figures: Mapping[str, Figure]) -> Figure | None:
@@ -93,9 +99,12 @@ def show(console: Console, results: Results) -> None:
         f"{machine.filesystem}; {machine.taken_at}. client: share of a core that the load generator took.",
         style="dim",
     )
-    if not machine.is_quiet:
+    busy = {name: cores for name, cores in results.others.items() if cores > QUIET_CORES}
+    if busy:
+        listed = ", ".join(f"{name} {cores:.2f}" for name, cores in busy.items())
         console.print(
-            f"The machine was busy before the run (load {machine.load}): figures are lower bounds.", style="yellow"
+            f"The machine was not quiet: cores that other work kept busy: {listed}. Take figures as lower bounds.",
+            style="yellow",
         )
     if any(not figure.is_valid for figure in results.figures.values()):
         console.print(
@@ -120,6 +129,7 @@ def save(path: Path, results: Results) -> None:
             "filesystem": results.machine.filesystem,
             "python": results.machine.python,
             "system": results.machine.system,
+            "other_cores": {name: round(cores, 2) for name, cores in results.others.items()},
             "invalid": [figure.name for figure in results.figures.values() if not figure.is_valid],
             "failed": results.failed,
             "skipped": results.skipped,

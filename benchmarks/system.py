@@ -6,11 +6,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,11 +18,12 @@ from uuid import UUID
 import psutil
 
 from benchmarks.load import ROOT, Endpoint
+from benchmarks.processes import Watched
 from embedded.datadir import serving
 
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 90.0
-SAMPLE_INTERVAL_S = 0.5
+PROCESSES = ("api", "worker", "postgres", "temporal")
 
 
 class SystemFailed(Exception):
@@ -37,7 +37,7 @@ class Servers:
     organization_id: UUID
     owner_database_url: str
     temporal_address: str
-    memory: "MemorySampler"
+    processes: Watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,35 +46,6 @@ class System:
 
     endpoint: Endpoint
     servers: Servers | None
-
-
-@dataclass(slots=True)
-class MemorySampler:
-    """Watches the resident memory of named processes in a thread; `peaks` is in bytes."""
-
-    pids: dict[str, int]
-    peaks: dict[str, int] = field(default_factory=dict)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Take a sample twice a second from now on."""
-        self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Take no more samples."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            for name, pid in self.pids.items():
-                with suppress(psutil.NoSuchProcess):
-                    used = psutil.Process(pid).memory_info().rss
-                    self.peaks[name] = max(self.peaks.get(name, 0), used)
-            self._stop.wait(SAMPLE_INTERVAL_S)
 
 
 def attach(url: str, key: str) -> System:
@@ -128,16 +99,16 @@ def _serve(home: Path, process: subprocess.Popen[bytes]) -> Iterator[System]:
     where = serving(home / "data")
     if where is None:
         raise SystemFailed("the system stopped right after it was ready")
-    memory = MemorySampler(_pids(home / "data" / "children.json"))
-    memory.start()
+    processes = Watched(_pids(home / "data" / "children.json"))
+    processes.start()
     try:
         system = attach(facts["api_url"], facts["api_key"])
         servers = Servers(
-            UUID(facts["organization_id"]), where["owner_database_url"], facts["temporal_address"], memory
+            UUID(facts["organization_id"]), where["owner_database_url"], facts["temporal_address"], processes
         )
         yield System(system.endpoint, servers)
     finally:
-        memory.stop()
+        processes.stop()
 
 
 def _wait_ready(home: Path, process: subprocess.Popen[bytes]) -> dict[str, str]:
@@ -153,7 +124,7 @@ def _wait_ready(home: Path, process: subprocess.Popen[bytes]) -> dict[str, str]:
 
 def _pids(children: Path) -> dict[str, int]:
     stored: list[dict[str, Any]] = json.loads(children.read_text(encoding="utf-8"))["children"]
-    return {child["name"]: child["pid"] for child in stored if child["name"] in ("api", "worker", "temporal")}
+    return {child["name"]: child["pid"] for child in stored if child["name"] in PROCESSES}
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

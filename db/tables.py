@@ -497,3 +497,212 @@ class IdempotencyKey(SQLModel, table=True):
     payload_hash: bytes = Field(sa_type=LargeBinary)
     result: dict[str, Any] = Field(sa_column=Column(JSONB, nullable=False))
     created_at: datetime = _instant()
+
+
+class Group(SQLModel, table=True):
+    """A set of participants with a wallet of its own. Contract: holders.md 4."""
+
+    __tablename__: ClassVar[str] = "holder_group"
+    __table_args__ = (
+        ForeignKeyConstraint(["organization_id"], ["organization.id"]),
+        Index(None, "organization_id", "created_at", "id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    name: str = _text()
+    status: str = _text()
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+    deleted_at: datetime | None = _instant(nullable=True)
+
+
+class GroupMember(SQLModel, table=True):
+    """A participant's membership in a group; a former one stays as LEFT. Contract: holders.md 4.1."""
+
+    __tablename__: ClassVar[str] = "group_member"
+    __table_args__ = (
+        _of("holder_group", "group_id"),
+        _of("participant", "participant_id"),
+        Index(None, "organization_id", "participant_id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    group_id: UUID = Field(primary_key=True)
+    participant_id: UUID = Field(primary_key=True)
+    role: str = _text()
+    status: str = _text()
+    joined_at: datetime = _instant()
+    left_at: datetime | None = _instant(nullable=True)
+    changed_on_behalf_of: UUID | None = Field(default=None)
+
+
+class Lot(SQLModel, table=True):
+    """One credit of a LOT asset, or the part of one that was split off. Contract: holders.md 7.
+
+    A projection of the ledger: `remaining` is `amount` plus the deltas of its `LotChange` rows, and it changes only in
+    the transaction of the entry that explains it. `created_at` is the vintage, which a split keeps. `is_provisional`
+    marks value that a CREDIT put into HELD; `hold_id` is the one hold that a HELD lot belongs to.
+    """
+
+    __tablename__: ClassVar[str] = "lot"
+    __table_args__ = (
+        Index(
+            "lot_fifo_idx",
+            "organization_id",
+            "entity_id",
+            "asset_id",
+            "status",
+            "created_at",
+            "id",
+            postgresql_where=text("remaining > 0"),
+        ),
+        Index(None, "organization_id", "entity_id", "asset_id", "created_at", "id"),
+        Index(
+            "lot_reference_idx",
+            "organization_id",
+            "entity_id",
+            "asset_id",
+            "reference_id",
+            postgresql_where=text("reference_id is not null"),
+        ),
+        Index("lot_hold_idx", "organization_id", "hold_id", postgresql_where=text("hold_id is not null")),
+        Index(
+            "lot_expiry_idx",
+            "organization_id",
+            "expires_at",
+            "id",
+            postgresql_where=text("status = 'AVAILABLE' and remaining > 0"),
+        ),
+        Index("lot_maturity_idx", "organization_id", "matures_at", "id", postgresql_where=text("status = 'DEFERRED'")),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    entity_type: str = _text()
+    entity_id: UUID
+    asset_id: UUID
+    program_id: UUID
+    status: str = _text()
+    amount: Decimal = _number()
+    remaining: Decimal = _number()
+    created_at: datetime = _instant()
+    expires_at: datetime | None = _instant(nullable=True)
+    matures_at: datetime | None = _instant(nullable=True)
+    reference_id: str | None = _text(nullable=True)
+    hold_id: UUID | None = Field(default=None)
+    is_provisional: bool = Field(default=False)
+    entry_id: UUID
+
+
+class LotChange(SQLModel, table=True):
+    """What one entry did to one lot after its creation: the change of `remaining`, and its status after it."""
+
+    __tablename__: ClassVar[str] = "lot_change"
+    __table_args__ = (Index(None, "organization_id", "lot_id"),)
+
+    organization_id: UUID = Field(primary_key=True)
+    entry_id: UUID = Field(primary_key=True)
+    ordinal: int = Field(primary_key=True)
+    lot_id: UUID
+    delta: Decimal = _number()
+    status: str = _text()
+
+
+class Hold(SQLModel, table=True):
+    """A reservation of value. Contract: holders.md 6.8. A projection like `Lot`, explained by `HoldChange` rows.
+
+    `kind` is OWN for value moved from AVAILABLE, PROVISIONAL for a CREDIT into HELD, REDEMPTION for a pending one.
+    `carrier` says who ends it at `expires_at`: WORKFLOW (its own) or PROGRAM (the program's HoldEnds).
+    """
+
+    __tablename__: ClassVar[str] = "hold"
+    __table_args__ = (
+        Index(None, "organization_id", "created_at", "id"),
+        Index(
+            "hold_active_idx",
+            "organization_id",
+            "entity_id",
+            "asset_id",
+            "created_at",
+            "id",
+            postgresql_where=text("status = 'ACTIVE'"),
+        ),
+        Index(
+            "hold_end_idx",
+            "organization_id",
+            "program_id",
+            "expires_at",
+            "id",
+            postgresql_where=text("status = 'ACTIVE' and expires_at is not null"),
+        ),
+        Index(
+            "hold_reference_idx",
+            "organization_id",
+            "reference_id",
+            "created_at",
+            "id",
+            postgresql_where=text("reference_id is not null"),
+        ),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    entity_type: str = _text()
+    entity_id: UUID
+    program_id: UUID
+    asset_id: UUID
+    kind: str = _text()
+    amount: Decimal = _number()
+    remaining: Decimal = _number()
+    status: str = _text()
+    reference_id: str | None = _text(nullable=True)
+    description: str | None = _text(nullable=True)
+    expires_at: datetime | None = _instant(nullable=True)
+    on_expiry: str | None = _text(nullable=True)
+    carrier: str | None = _text(nullable=True)
+    entry_id: UUID
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+
+
+class HoldChange(SQLModel, table=True):
+    """What one entry did to one hold after its creation: the change of `remaining`, and its status after it."""
+
+    __tablename__: ClassVar[str] = "hold_change"
+    __table_args__ = (Index(None, "organization_id", "hold_id"),)
+
+    organization_id: UUID = Field(primary_key=True)
+    entry_id: UUID = Field(primary_key=True)
+    hold_id: UUID = Field(primary_key=True)
+    delta: Decimal = _number()
+    status: str = _text()
+
+
+class SystemCheckpoint(SQLModel, table=True):
+    """The sum of a system account's postings up to a sequence number of the chain, so that reading it stays cheap."""
+
+    __tablename__: ClassVar[str] = "system_checkpoint"
+
+    organization_id: UUID = Field(primary_key=True)
+    account_id: UUID = Field(primary_key=True)
+    sequence: int = Field(sa_type=BigInteger, primary_key=True)
+    balance: Decimal = _number()
+    created_at: datetime = _instant()
+
+
+class LedgerVerification(SQLModel, table=True):
+    """A check of the whole chain that runs, or ran, in the background. Contract: README.md "Small print"."""
+
+    __tablename__: ClassVar[str] = "ledger_verification"
+    __table_args__ = (Index(None, "organization_id", "started_at", "id"),)
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    status: str = _text()
+    entries_checked: int = _big()
+    head_sequence: int = _big()
+    first_invalid_entry_id: UUID | None = Field(default=None)
+    problem: str | None = _text(nullable=True)
+    started_at: datetime = _instant()
+    finished_at: datetime | None = _instant(nullable=True)

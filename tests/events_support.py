@@ -23,7 +23,6 @@ from domain.events import queries
 from domain.events.batch import BatchResult, process_batch
 from domain.events.ingest import Accepted, NewEvent, ingest
 from domain.events.retries import RetryPolicy
-from domain.ledger.journal import open_system_accounts
 from domain.rules.store import RuleDraft, create_rule
 from tests.builders import make_asset, make_participant, make_program
 
@@ -130,15 +129,15 @@ class EventProgram:
         **data: Any,
     ) -> NewEvent:
         """An event that nobody has accepted yet; `data` is its payload."""
-        names = {"external_id": who} if isinstance(who, str) else {"participant_id": who}
-        if recipient is not None:
-            names["recipient_external_id" if isinstance(recipient, str) else "recipient_id"] = recipient
         return NewEvent(
             program_id=self.id,
             idempotency_key=key or f"key-{next(_numbers)}",
             event_timestamp=at,
             event_data=data,
-            **names,  # type: ignore[arg-type]
+            external_id=who if isinstance(who, str) else None,
+            participant_id=None if isinstance(who, str) else who,
+            recipient_external_id=recipient if isinstance(recipient, str) else None,
+            recipient_id=recipient if isinstance(recipient, UUID) else None,
         )
 
     async def ingest(self, events: Sequence[NewEvent]) -> list[Accepted | Refusal]:
@@ -200,6 +199,10 @@ class EventProgram:
             asset_id,
         )
         return Decimal(row[0])
+
+    async def balances(self, asset_id: UUID, *who: str | UUID) -> list[Decimal]:
+        """What several holders have available."""
+        return [await self.balance(holder, asset_id) for holder in who]
 
     async def counters(self, who: str | UUID = "alice") -> dict[str, Decimal]:
         """The stored counters of an external id, or of the holder with this id."""

@@ -4,13 +4,19 @@ Temporal's state can be thrown away: a restored backup, a terminated workflow, a
 the same case, and this is what mends it (`scrip reconcile`, every worker's start, and a timer in every worker).
 """
 
+import logging
 from datetime import UTC, datetime, timedelta
+
+from temporalio.service import RPCError, RPCStatusCode
 
 from db.session import Database
 from domain import limits
 from domain.events.drain import lane_of, programs_with_events_due_at
 from workflows.gateway import Gateway
 
+logger = logging.getLogger("scrip.temporal")
+
+_OUT_OF_REACH = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.CANCELLED)
 _END_OF_TIME = datetime(9999, 1, 1, tzinfo=UTC)
 
 
@@ -34,7 +40,15 @@ async def _wake(database: Database, gateway: Gateway, due_at: datetime) -> int:
     woken = 0
     for organization_id, program_id in await programs_with_events_due_at(database, due_at):
         lane = await lane_of(database, organization_id, program_id)
-        if not lane.is_drained:
+        if lane.is_drained:
+            continue
+        try:
             await gateway.wake_event_processing(organization_id, program_id, lane.program_name)
+        except RPCError as error:
+            if error.status in _OUT_OF_REACH:
+                raise
+            # Temporal answers, it only won't take this one: the programs behind it must not wait for that.
+            logger.error("program %s cannot be woken: %s", program_id, error)
+        else:
             woken += 1
     return woken

@@ -20,7 +20,7 @@ def run(bench: Bench) -> Iterator[Figure]:
     def requests() -> list[bytes]:
         return batch_requests(endpoint, program, bench.population, count)
 
-    reports = measure_events(bench, program, requests, count, CLIENTS)
+    reports = measure_events(bench, NAME, program, requests, count, CLIENTS)
     share = max(report.client_cpu_share for report in reports)
     rates = tuple(count / report.done_s for report in reports)
     entry_rates = tuple(rate * ENTRIES_PER_EVENT for rate in rates)

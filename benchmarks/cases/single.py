@@ -22,7 +22,7 @@ def run(bench: Bench) -> Iterator[Figure]:
         return event_requests(endpoint, program, bench.population, count)
 
     offer(Burst(endpoint, requests(WARM_UP_REQUESTS), CLIENTS, 202, until_empty=waiting_lists(endpoint, program)))
-    reports = measure_events(bench, program, requests, count, CLIENTS)
+    reports = measure_events(bench, NAME, program, requests, count, CLIENTS)
     share = max(report.client_cpu_share for report in reports)
     rates = tuple(count / report.done_s for report in reports)
     latencies_ms = [latency_ms for report in reports for latency_ms in report.latencies_ms]

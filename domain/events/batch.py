@@ -70,29 +70,48 @@ async def process_batch(
     return BatchResult(
         len(outcomes),
         sum(outcome.verdict == "COMPLETED" for outcome in outcomes),
-        sum(outcome.verdict == "FAILED" for outcome in outcomes),
+        sum(_is_final_failure(outcome, retries) for outcome in outcomes),
         len(world.books.entries),
     )
 
 
-async def mark_started(database: Database, organization_id: UUID, program_id: UUID) -> int:
-    """Commit that the program's next due event is about to be tried; how often it was begun, this time included.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """An event that is about to be tried, and how often it was begun, this time included."""
+
+    event_id: UUID
+    starts: int
+
+
+async def mark_started(database: Database, organization_id: UUID, program_id: UUID) -> Start | None:
+    """Commit that the program's next due event is about to be tried; None when none is due or the program is paused.
 
     The count is set back when the event's transaction commits, so it counts the times that a worker was lost over it.
-    Zero when no event is due.
     """
     async with database.transaction(organization_id) as tx:
         await _take_lane(tx, program_id)
+        program = await _program(tx, program_id)
+        if program is None or program["processing_paused"]:
+            return None
         events = await _due_events(tx, program_id, 1)
         if not events:
-            return 0
+            return None
         cursor = await tx.execute(
             "update event set starts = starts + 1 where organization_id = %s and id = %s returning starts",
             (organization_id, events[0].id),
         )
         row = await cursor.fetchone()
         assert row is not None
-        return int(row[0])
+        return Start(events[0].id, row[0])
+
+
+async def withdraw_start(database: Database, organization_id: UUID, event_id: UUID) -> None:
+    """Take back a mark: the attempt failed for a reason that is not the event's, and no worker was lost."""
+    async with database.transaction(organization_id) as tx:
+        await tx.execute(
+            "update event set starts = starts - 1 where organization_id = %s and id = %s and starts > 0",
+            (organization_id, event_id),
+        )
 
 
 async def next_due(database: Database, organization_id: UUID, program_id: UUID) -> datetime | None:
@@ -497,7 +516,14 @@ def _event_row(outcome: Outcome, now: datetime, retries: RetryPolicy) -> dict[st
         "evaluations": outcome.evaluations,
         "matched": outcome.matched,
     }
-    if outcome.verdict == "RETRY" and (wait := retries.wait_after(outcome.event.attempts + 1)) is not None:
-        return row | {"status": "PENDING", "due_at": now + wait, "processed_at": None}
-    status = "COMPLETED" if outcome.verdict == "COMPLETED" else "FAILED"
-    return row | {"status": status, "due_at": None, "processed_at": format_timestamp(now)}
+    if _is_final_failure(outcome, retries) or outcome.verdict == "COMPLETED":
+        status = "COMPLETED" if outcome.verdict == "COMPLETED" else "FAILED"
+        return row | {"status": status, "due_at": None, "processed_at": format_timestamp(now)}
+    wait = retries.wait_after(outcome.event.attempts + 1)
+    assert wait is not None
+    return row | {"status": "PENDING", "due_at": now + wait, "processed_at": None}
+
+
+def _is_final_failure(outcome: Outcome, retries: RetryPolicy) -> bool:
+    last = retries.wait_after(outcome.event.attempts + 1) is None
+    return outcome.verdict == "FAILED" or (outcome.verdict == "RETRY" and last)

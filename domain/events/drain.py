@@ -6,6 +6,7 @@ the promise is withdrawn before the queue is read for the last time.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -13,16 +14,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+import psycopg
 from psycopg.errors import UniqueViolation
 
 from db.session import REPEATABLE, Database, DatabaseUnavailable
 from domain import faults, limits
-from domain.events.batch import BatchResult, mark_started, next_due, process_batch
+from domain.events.batch import BatchResult, mark_started, next_due, process_batch, withdraw_start
 from domain.events.retries import RetryPolicy
 
 logger = logging.getLogger("scrip.events")
 
-TRANSIENT = (DatabaseUnavailable, *REPEATABLE)
+# What is never an event's fault. A table, column or right that is missing (a migration that hasn't run yet) and a
+# database in a wrong state would refuse every event alike: they stop the queue, they don't empty it.
+TRANSIENT = (DatabaseUnavailable, *REPEATABLE, psycopg.ProgrammingError, psycopg.InternalError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +116,10 @@ class _Queue:
 
     async def _process_cautiously(self) -> int:
         self.cautious_events -= 1
-        starts = await mark_started(self._database, self._organization_id, self._program_id)
-        if starts > limits.LOST_STARTS:
+        begun = await mark_started(self._database, self._organization_id, self._program_id)
+        if begun is None:
+            return 0
+        if begun.starts > limits.LOST_STARTS:
             return await self._give_up(f"processing brought its worker down {limits.LOST_STARTS} times")
         try:
             return self._count(await self._batch(1))
@@ -121,6 +127,9 @@ class _Queue:
             # A conflict that comes back for one event alone is no conflict with anybody else.
             if isinstance(error, UniqueViolation):
                 return await self._give_up(error)
+            # The worker is alive, so this start is none of those that count.
+            with contextlib.suppress(*TRANSIENT):
+                await withdraw_start(self._database, self._organization_id, begun.event_id)
             raise
         except Exception as error:
             return await self._give_up(error)

@@ -293,7 +293,7 @@ class _Evaluation:
         entry_id = None
         if amount != ZERO:
             account = self.world.books.account("PARTICIPANT", holder.id, asset.id, "AVAILABLE")
-            # What a holder has that isn't loaded yet is unknown: the pass goes on, to learn whom else the event reaches.
+            # What a holder has that isn't loaded yet is unknown: this pass goes on, to learn whom else the event names.
             is_short = account.balance < amount and holder.id in self.world.participants
             if is_short and not action.allow_negative:
                 raise ActionFailed("insufficient balance", curable=True)
@@ -349,7 +349,7 @@ class _Evaluation:
         amount = results.amount(action, self.activation, asset.scale)
         if asset.max_transaction_amount is not None and amount > asset.max_transaction_amount:
             raise ActionFailed("amount exceeds max_transaction_amount")
-        return asset, amount
+        return asset, amount.copy_abs()  # a negative zero prints as zero
 
     def _source(self, asset: AssetTerms, amount: Decimal) -> Any:
         """The account a credit is drawn from. Contract: basics.md 6.6."""

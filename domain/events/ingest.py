@@ -6,8 +6,8 @@ two clients that retry the same keys in different orders can't deadlock. Tempora
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -79,7 +79,7 @@ async def ingest(tx: Transaction, events: Sequence[NewEvent]) -> list[Accepted |
     assert len(events) <= limits.EVENTS_PER_BATCH, "the edge checks the size of a batch"
     results: list[Accepted | Refusal | None] = [None] * len(events)
     items: dict[UUID, _Item] = {}
-    repeats: list[tuple[int, _Item]] = []
+    repeats: list[_Item] = []
     for index, event in enumerate(events):
         try:
             item = _Item(index, event, event_id(event.program_id, event.idempotency_key), check_payload(event))
@@ -87,16 +87,17 @@ async def ingest(tx: Transaction, events: Sequence[NewEvent]) -> list[Accepted |
             results[index] = refusal
             continue
         if item.id in items:
-            repeats.append((index, item))
+            repeats.append(item)
         else:
             items[item.id] = item
-    for item_id, result in (await _insert(tx, list(items.values()))).items():
-        results[items[item_id].index] = result
+    stored = await _insert(tx, list(items.values()))
     await faults.reach("ingest.stored")
-    # The second of two items with one key is a replay of the first, or conflicts with it.
-    for index, item in repeats:
-        first = items[item.id]
-        results[index] = _replay_of(results[first.index], same=item.payload_hash == first.payload_hash)
+    for item in items.values():
+        results[item.index] = _result(stored[item.id], item)
+    # The second of two items with one key is a replay of what is stored by then, or conflicts with it.
+    for item in repeats:
+        result = _result(stored[item.id], item)
+        results[item.index] = replace(result, replayed=True) if isinstance(result, Accepted) else result
     return [result for result in results if result is not None]
 
 
@@ -171,7 +172,15 @@ from event where organization_id = %s and id = any(%s)
 """
 
 
-async def _insert(tx: Transaction, items: Sequence[_Item]) -> dict[UUID, Accepted | Refusal]:
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """The event that a key stands for, and the hash of the payload it was accepted with."""
+
+    event: Accepted
+    payload_hash: bytes
+
+
+async def _insert(tx: Transaction, items: Sequence[_Item]) -> dict[UUID, _Stored | Refusal]:
     if not items:
         return {}
     by_id = {item.id: item for item in items}
@@ -182,11 +191,11 @@ async def _insert(tx: Transaction, items: Sequence[_Item]) -> dict[UUID, Accepte
         "api_key_id": tx.api_key_id,
         "request_id": tx.request_id,
     }
-    results: dict[UUID, Accepted | Refusal] = {}
+    results: dict[UUID, _Stored | Refusal] = {}
     left: dict[UUID, str] = {}
     for item_id, program_status, inserted in await (await tx.execute(_INSERT, params)).fetchall():
         if inserted:
-            results[item_id] = by_id[item_id].accepted()
+            results[item_id] = _Stored(by_id[item_id].accepted(), by_id[item_id].payload_hash)
         elif program_status is None:
             results[item_id] = not_found("program")
         else:
@@ -196,23 +205,18 @@ async def _insert(tx: Transaction, items: Sequence[_Item]) -> dict[UUID, Accepte
         for *values, payload_hash in await (await tx.execute(_EXISTING, (tx.organization_id, list(left)))).fetchall():
             original = Accepted(*values)
             del left[original.id]
-            results[original.id] = _same_payload(original, by_id[original.id].payload_hash == payload_hash)
+            results[original.id] = _Stored(original, payload_hash)
     for item_id in left:
         results[item_id] = Refusal("program_inactive", "the program is not active")
     return results
 
 
-def _same_payload(original: Accepted, same: bool) -> Accepted | Refusal:
-    if same:
-        return original
+def _result(stored: _Stored | Refusal, item: _Item) -> Accepted | Refusal:
+    if isinstance(stored, Refusal):
+        return stored
+    if stored.payload_hash == item.payload_hash:
+        return stored.event
     return Refusal("idempotency_conflict", "the idempotency_key was used with another payload")
-
-
-def _replay_of(first: Accepted | Refusal | None, *, same: bool) -> Accepted | Refusal:
-    assert first is not None
-    if isinstance(first, Refusal):
-        return first
-    return _same_payload(first, same)
 
 
 def _payload_hash(event: NewEvent) -> bytes:
@@ -223,7 +227,7 @@ def _payload_hash(event: NewEvent) -> bytes:
         "external_id": event.external_id,
         "recipient_id": event.recipient_id,
         "recipient_external_id": event.recipient_external_id,
-        "event_timestamp": event.event_timestamp,
+        "event_timestamp": event.event_timestamp.astimezone(UTC),
         "event_data": event.event_data,
     }
     return hashlib.sha256(orjson.dumps(fields, default=_plain, option=orjson.OPT_SORT_KEYS)).digest()

@@ -62,7 +62,7 @@ def test_the_application_owns_nothing_and_cannot_rewrite_the_ledger(owner: psyco
 def test_without_an_organization_the_application_sees_nothing(postgres: Postgres, organization: object) -> None:
     with psycopg.connect(postgres.app_url, autocommit=True) as connection:
         for table in ("organization", "api_key", "chain_head", "program", "journal_entry"):
-            assert connection.execute(f"select count(*) from {table}").fetchone() == (0,)  # type: ignore[arg-type]
+            assert connection.execute(f"select count(*) from {table}").fetchone() == (0,)
 
 
 def test_the_application_cannot_write_into_another_organization(

@@ -230,7 +230,7 @@ async def test_a_wallet_that_is_short_is_curable_by_funding_it(program: EventPro
     await program.settle(retries=CONTRACT)
 
     assert await program.status(event) == ("COMPLETED", None)
-    assert (await program.balance("alice", points), await program.balance(program.id, points)) == (10, 0)
+    assert await program.balances(points, "alice", program.id) == [10, 0]
 
 
 async def test_the_waits_are_2_4_8_16_seconds_and_the_fifth_attempt_is_the_last(
@@ -312,7 +312,7 @@ async def test_a_prefunded_debit_does_not_refill_the_wallet(program: EventProgra
     await program.run(type="earn")
     await program.run(type="spend")
 
-    assert (await program.balance("alice", points), await program.balance(program.id, points)) == (0, 0)
+    assert await program.balances(points, "alice", program.id) == [0, 0]
 
 
 async def test_the_wallet_is_never_overdrawn_within_a_batch(program: EventProgram) -> None:

@@ -227,8 +227,9 @@ async def test_assets_go_to_the_recipient_and_state_to_the_participant(program: 
     await program.ingest([program.event("alice", recipient="bob", type="gift")])
     await program.settle()
 
-    assert (await program.balance("alice", points), await program.balance("bob", points)) == (0, 10)
-    assert (await program.counters("alice"), await program.counters("bob")) == ({"gifts": 1}, {})
+    assert await program.balances(points, "alice", "bob") == [0, 10]
+    assert await program.counters("alice") == {"gifts": 1}
+    assert await program.counters("bob") == {}
     assert (await program.tags("alice"), await program.attributes("alice")) == ({"giver"}, {"last": "gift"})
     assert await program.enrollment("bob") == "ACTIVE"
 
@@ -240,7 +241,7 @@ async def test_conditions_look_at_the_participant_not_the_recipient(program: Eve
     await program.ingest([program.event("alice", recipient="bob"), program.event("bob", recipient="alice")])
     await program.settle()
 
-    assert (await program.balance("alice", points), await program.balance("bob", points)) == (0, 1)
+    assert await program.balances(points, "alice", "bob") == [0, 1]
 
 
 @pytest.mark.parametrize("names_by", ["external_id", "id"])
@@ -345,7 +346,7 @@ async def test_targets_by_literal_id_and_by_participant_id_expression(program: E
     )
 
     assert (await program.run("alice", to=str(carol))).status == "COMPLETED"
-    assert (await program.balance("bob", points), await program.balance("carol", points)) == (1, 2)
+    assert await program.balances(points, "bob", "carol") == [1, 2]
 
 
 async def test_an_unknown_external_id_as_target_is_created_and_enrolled(program: EventProgram) -> None:
@@ -409,7 +410,7 @@ async def test_a_split_credit_is_atomic(program: EventProgram) -> None:
     assert (await program.run("alice", first="bob", second="carol")).status == "COMPLETED"
     assert (await program.run("alice", first="bob", second="closed")).status == "FAILED"
 
-    assert (await program.balance("bob", points), await program.balance("carol", points)) == (7, 3)
+    assert await program.balances(points, "bob", "carol") == [7, 3]
 
 
 async def test_an_event_may_debit_many_participants(program: EventProgram) -> None:

@@ -1,0 +1,234 @@
+"""Drains beside each other and beside direct operations: nothing lost, nothing doubled, no deadlock for anybody.
+
+Contract: rules-and-events.md 7.6, 7.7; holders.md 6.9.
+"""
+
+import asyncio
+from collections.abc import Awaitable
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from db.session import Database
+from domain import balances, limits, participants, state, wallet
+from domain.balances import AdjustRequest
+from domain.errors import Refusal
+from domain.events.drain import drain
+from domain.participants import StateChanges
+from domain.wallet import WalletRequest
+from tests.conftest import Tenant
+from tests.events_support import NO_RETRIES, TO_PROGRAM, EventProgram, attribute, counter, credit, debit, to_participant
+
+
+@pytest.fixture(autouse=True)
+def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "DRAIN_LINGER_MS", -1)
+
+
+async def drained(program: EventProgram) -> None:
+    await drain(program.database, program.organization_id, program.id, NO_RETRIES, lambda _: None)
+
+
+async def until_empty(program: EventProgram, limit: int) -> None:
+    """Batches of `limit` until nothing is due; whatever Postgres has to say comes out."""
+    while (await program.batch(limit)).events:
+        pass
+
+
+async def at_once(*calls: Awaitable[Any]) -> None:
+    """Run everything at once; the first exception of any of them is the test's."""
+    await asyncio.gather(*calls)
+
+
+async def link(program: EventProgram, asset_id: UUID) -> None:
+    await program.sql(
+        "insert into program_asset (organization_id, program_id, asset_id, created_at) values (%s, %s, %s, now())",
+        program.organization_id,
+        program.id,
+        asset_id,
+    )
+
+
+async def all_completed(program: EventProgram) -> bool:
+    return await program.sql("select distinct status from event") == [("COMPLETED",)]
+
+
+async def test_direct_adjustments_beside_a_drain_lose_nothing(program: EventProgram) -> None:
+    points = await program.asset()
+    alice = await program.participant("alice")
+    await program.rule("true", credit(points, "1"))
+    await program.ingest([program.event("alice") for _ in range(60)])
+
+    async def adjust(kind: Any, amount: str) -> None:
+        request = AdjustRequest(
+            program_id=program.id, asset_id=points, type=kind, amount=amount, description="x", allow_negative=True
+        )
+
+        async def work(tx: Any) -> None:
+            await balances.adjust(tx, alice, request)
+
+        await program.database.repeat(program.organization_id, work)
+
+    await at_once(
+        until_empty(program, 7),
+        *(adjust("CREDIT", "100") for _ in range(15)),
+        *(adjust("DEBIT", "10") for _ in range(15)),
+    )
+
+    assert await program.balance("alice", points) == 60 + 1_500 - 150
+    assert await all_completed(program)
+
+
+async def test_counter_writes_by_hand_beside_a_drain_are_neither_lost_nor_torn(program: EventProgram) -> None:
+    alice = await program.participant("alice")
+    await program.rule("true", counter("n", "1"))
+    await program.ingest([program.event("alice") for _ in range(60)])
+
+    async def put(value: str) -> None:
+        async with program.database.transaction(program.organization_id) as tx:
+            await state.set_counter(tx, await state.lock(tx, "participant", alice), "n", value, None)
+
+    await at_once(until_empty(program, 5), *(put(str(1_000 * n)) for n in range(1, 11)))
+
+    # The history is one unbroken chain: every change began at what the one before it left.
+    chain = [(old, new) for _, _, _, old, new in await program.history()]
+    increments = [1 for old, new in chain if Decimal(new or 0) - Decimal(old or 0) == 1]
+    links = {new for _, new in chain}
+    assert sum(old not in links for old, _ in chain) == 1, "only the very first change begins at nothing"
+    assert len(increments) == 60
+    final = (await program.counters())["n"]
+    assert str(final.normalize()) not in {old for old, _ in chain}
+
+
+async def test_two_drains_at_once_never_overlap_or_double(program: EventProgram) -> None:
+    points = await program.asset()
+    await program.rule(
+        "true", credit(points, "1"), attribute("trail", 'get(participant.attributes, "trail", "") + event.step')
+    )
+    steps = [chr(ord("a") + n % 26) for n in range(80)]
+    await program.ingest([program.event("alice", step=step) for step in steps])
+
+    await at_once(until_empty(program, 3), until_empty(program, 5), drained(program), until_empty(program, 1))
+
+    assert await program.balance("alice", points) == 80
+    assert await program.attributes() == {"trail": "".join(steps)}
+    assert await program.sql("select count(*)::int, count(distinct event_id)::int from journal_entry") == [(80, 80)]
+
+
+async def test_programs_that_reach_for_each_others_participants_never_deadlock(
+    database: Database, organization: Tenant
+) -> None:
+    names = [f"p{n}" for n in range(8)]
+    programs = [await EventProgram.open(database, organization.id) for _ in range(3)]
+    points = await programs[0].asset()
+    pool = await programs[0].asset(issuance_policy="PREFUNDED")
+    for number, program in enumerate(programs):
+        if number:
+            await link(program, points)
+            await link(program, pool)
+        async with database.transaction(organization.id) as tx:
+            await wallet.fund(tx, WalletRequest(program_id=program.id, asset_id=pool, amount="1000"))
+        await program.rule(
+            "true",
+            credit(points, "2"),
+            credit(pool, "1", **to_participant(external_id="event.to")),
+            debit(points, "1", allow_negative=True, **to_participant(external_id="event.to")),
+            counter("seen", "1", **to_participant(external_id="event.to")),
+            counter("total", "1", **TO_PROGRAM),
+        )
+        shuffled = names[number:] + names[:number]
+        if number % 2:
+            shuffled.reverse()
+        await program.ingest([program.event(shuffled[n % 8], to=shuffled[(n * 3 + number + 1) % 8]) for n in range(48)])
+
+    await at_once(*(until_empty(program, 6) for program in programs))
+
+    assert await all_completed(programs[0])
+    first = programs[0]
+    assert sum(await first.balances(points, *names)) == 3 * 48
+    assert sum(await first.balances(pool, *names)) == 3 * 48
+    assert sum([(await first.counters(name))["seen"] for name in names]) == 3 * 48
+    assert [await program.counters(program.id) for program in programs] == [{"total": 48}] * 3
+    assert await first.balances(pool, *(program.id for program in programs)) == [952] * 3
+
+
+async def test_one_unknown_participant_in_many_places_is_made_once(database: Database, organization: Tenant) -> None:
+    """Programs and API calls come upon the same unknown external ids at once, in different orders."""
+    names = [f"new{n}" for n in range(10)]
+    programs = [await EventProgram.open(database, organization.id) for _ in range(3)]
+    for number, program in enumerate(programs):
+        await program.rule("true", counter("n", "1"), counter("n", "1", **to_participant(external_id="event.to")))
+        order = names if number % 2 else names[::-1]
+        await program.ingest([program.event(name, to=names[(n + number) % 10]) for n, name in enumerate(order)])
+
+    async def upsert(name: str) -> None:
+        async def work(tx: Any) -> None:
+            await participants.upsert(
+                tx, name, profile={}, changes=StateChanges({"by": "api"}), program_id=programs[0].id
+            )
+
+        await database.repeat(organization.id, work)
+
+    await at_once(*(drained(program) for program in programs), *(upsert(name) for name in names))
+    await at_once(*(until_empty(program, 50) for program in programs))
+
+    first = programs[0]
+    assert await first.sql("select count(*)::int from participant") == [(10,)]
+    assert sum([(await first.counters(name))["n"] for name in names]) == 2 * 3 * 10
+    assert all([(await first.attributes(name)) == {"by": "api"} for name in names])
+    assert await first.sql("select count(*)::int from enrollment where status = 'ACTIVE'") == [(30,)]
+
+
+async def test_a_wallet_that_programs_and_people_use_at_once_is_never_overdrawn(program: EventProgram) -> None:
+    points = await program.asset(issuance_policy="PREFUNDED")
+    await program.rule("true", credit(points, "10"))
+    await program.ingest([program.event(f"p{n}") for n in range(30)])
+    alice = await program.participant("alice")
+    refused: list[str] = []
+
+    async def fund() -> None:
+        async with program.database.transaction(program.organization_id) as tx:
+            await wallet.fund(tx, WalletRequest(program_id=program.id, asset_id=points, amount="25"))
+
+    async def adjust() -> None:
+        request = AdjustRequest(
+            program_id=program.id, asset_id=points, type="CREDIT", amount="10", description="by hand"
+        )
+        try:
+            async with program.database.transaction(program.organization_id) as tx:
+                await balances.adjust(tx, alice, request)
+        except Refusal as refusal:
+            refused.append(refusal.code)
+
+    await at_once(until_empty(program, 4), *(fund() for _ in range(4)), *(adjust() for _ in range(8)))
+
+    completed = (await program.sql("select count(*)::int from event where status = 'COMPLETED'"))[0][0]
+    assert set(refused) <= {"insufficient_program_balance"}
+    assert await program.balance("alice", points) == 10 * (8 - len(refused))
+    left = await program.balance(program.id, points)
+    assert left == 100 - 10 * completed - 10 * (8 - len(refused))
+    assert left >= 0
+
+
+async def test_rules_that_change_during_a_drain_apply_whole_or_not_at_all(program: EventProgram) -> None:
+    """Every event meets one version of the rules, the old or the new, and its records say which."""
+    from domain.rules.store import patch_rule
+
+    rule = await program.rule("true", counter("a", "1"), counter("b", "1"))
+    await program.ingest([program.event("alice") for _ in range(40)])
+
+    async def change(n: int) -> None:
+        async with program.database.transaction(program.organization_id) as tx:
+            await patch_rule(tx, rule.id, {"actions": [counter("a", str(n)), counter("b", str(n))]})
+
+    async def changes() -> None:
+        for n in range(2, 12):
+            await change(n)
+
+    await at_once(until_empty(program, 2), changes())
+
+    values = await program.counters()
+    assert values["a"] == values["b"] >= 40
+    assert await all_completed(program)
