@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev run test check bench bench-full lock
+.PHONY: help install install-dev run test check bench bench-full drills lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ bench: install-dev ## the headline figures, about five minutes
 
 bench-full: install-dev ## every figure
 	$(BIN)/python -m benchmarks --full
+
+drills: install-dev ## break a running system on purpose and prove that nothing happened, about twenty minutes
+	$(BIN)/python -m drills $(ARGS)
 
 lock: ## write the lock files again from pyproject.toml (needs uv; ARGS=--upgrade takes the newest packages)
 	echo 'setuptools>=78' | $(UV) pip compile pyproject.toml - $(LOCK_OPTIONS) -o requirements.lock

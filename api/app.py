@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from api import assets, balances, events, health, ledger, participants, programs, rules, state, wallet
+from api import assets, balances, events, groups, health, ledger, participants, programs, rules, state, wallet
 from api.backlog import BacklogGauge
 from api.errors import install_error_handlers
 from api.middleware import EdgeMiddleware
@@ -32,6 +32,8 @@ ROUTERS = (
     participants.router,
     state.state_router("Participants", "participant"),
     state.history_router,
+    groups.router,
+    state.state_router("Groups", "group"),
     programs.router,
     state.state_router("Programs", "program"),
     assets.router,

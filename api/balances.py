@@ -9,7 +9,7 @@ from api.models import AmountText, Boolean, Description, IdempotencyKey, Request
 from api.responses import JsonResponse, respond_dict
 from api.route import Tx, make_router
 from domain import balances
-from domain.balances import AdjustRequest, AdjustResult, AdjustType
+from domain.balances import AdjustRequest, AdjustResult, AdjustType, Holder
 from domain.money import format_amount
 
 router = make_router("Balances")
@@ -66,7 +66,7 @@ async def adjust_balance(tx: Tx, id: UUID, body: Adjust) -> JsonResponse:
         allow_negative=body.allow_negative,
         idempotency_key=body.idempotency_key,
     )
-    result = await balances.adjust(tx, id, request)
+    result = await balances.adjust(tx, Holder("PARTICIPANT", id), request)
     return respond_dict(present_adjust(body, result), replayed=result.replayed)
 
 

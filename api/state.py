@@ -1,9 +1,10 @@
-"""Tags, attributes and counters of participants and programs, over HTTP. Contract: holders.md 5, basics.md 5.8."""
+"""Tags, attributes and counters of holders and programs, over HTTP. Contract: holders.md 5, basics.md 5.8."""
 
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Depends, Path, Query
 from pydantic import Field
 from starlette.responses import Response
 
@@ -180,6 +181,27 @@ def state_router(tag: str, kind: EntityKind) -> APIRouter:
     return router
 
 
+async def _read_history_filter(
+    state_type: Annotated[state.StateType | None, Query(description="Only changes of this kind of state.")] = None,
+    key: Annotated[str | None, Query(max_length=255, description="Only this key or tag.")] = None,
+    program_id: Annotated[UUID | None, Query(description="Only tiers of this program.")] = None,
+    operation: Annotated[state.Operation | None, Query(description="Only this operation.")] = None,
+    changed_from: From = None,
+    to: To = None,
+) -> HistoryFilter:
+    return HistoryFilter(
+        state_type=state_type,
+        key=key,
+        program_id=program_id,
+        operation=operation,
+        changed_from=changed_from,
+        changed_to=to,
+    )
+
+
+HistoryQuery = Annotated[HistoryFilter, Depends(_read_history_filter)]
+"""The filters that every state history has."""
+
 history_router = make_router("Participants")
 
 
@@ -188,35 +210,20 @@ async def list_state_history(
     tx: Tx,
     id: UUID,
     page: PageOf50Max100,
-    state_type: Annotated[state.StateType | None, Query(description="Only changes of this kind of state.")] = None,
-    key: Annotated[str | None, Query(max_length=255, description="Only this key or tag.")] = None,
-    program_id: Annotated[UUID | None, Query(description="Only tiers of this program.")] = None,
-    operation: Annotated[
-        Literal["set", "delete", "add", "remove", "auto_reset"] | None, Query(description="Only this operation.")
-    ] = None,
-    changed_from: From = None,
-    to: To = None,
+    wanted: HistoryQuery,
     event_from: EventFrom = None,
     event_to: EventTo = None,
 ) -> ListOf[StateChangeOut]:
     """List a participant's state changes, newest first."""
     await state.require(tx, "participant", id)
-    wanted = HistoryFilter(
-        state_type=state_type,
-        key=key,
-        program_id=program_id,
-        operation=operation,
-        changed_from=changed_from,
-        changed_to=to,
-        event_from=event_from,
-        event_to=event_to,
-    )
-    return listed(await state.history(tx, id, wanted, page), _present_change)
+    wanted = replace(wanted, event_from=event_from, event_to=event_to)
+    return listed(await state.history(tx, id, wanted, page), present_change)
+
+
+def present_change(change: StateHistory) -> StateChangeOut:
+    """A row of the state history as the API shows it."""
+    return StateChangeOut.of(change, changed_by_api_key_id=change.api_key_id)
 
 
 def _present(counter: CounterView) -> CounterOut:
     return CounterOut.of(counter)
-
-
-def _present_change(change: StateHistory) -> StateChangeOut:
-    return StateChangeOut.of(change, changed_by_api_key_id=change.api_key_id)

@@ -1,20 +1,41 @@
-"""Balance operations on holders by API call. Contract: holders.md 6."""
+"""Balance operations on participants and groups by API call. Contract: holders.md 6, gates in the order of 1.
 
+Each is one transaction that ends by sealing its entry with the commit, so the caller commits at once after it.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID
 
 from db.session import Transaction
-from domain import gates, idempotency
-from domain.errors import bad_field
+from domain import gates, groups, idempotency
+from domain.errors import Refusal, bad_field
 from domain.gates import Terms
 from domain.ids import new_id
-from domain.ledger.books import Account, Books, Bucket, require
+from domain.ledger import movements
+from domain.ledger.books import Account, Books, Bucket, Entry, require
+from domain.ledger.holdings import load_holds, load_lots, load_oldest_holds
 from domain.ledger.journal import load_accounts, write
-from domain.locks import lock_participants, lock_programs
+from domain.ledger.lots import Part, Selection
+from domain.ledger.movements import Cause, HolderType, HoldTerms, Position
+from domain.locks import lock_groups, lock_participants, lock_programs
 
 AdjustType = Literal["CREDIT", "DEBIT"]
+Operation = Literal["HOLD", "RELEASE", "FORFEIT", "VOID_HOLD"]
+
+_NEEDS_ACTIVE_PARTICIPANT = frozenset({"HOLD", "RELEASE"})
+_TAKES_NEW_VALUE = frozenset({"HOLD"})
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Whose balance an operation concerns."""
+
+    type: HolderType
+    id: UUID
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +49,30 @@ class AdjustRequest:
     description: str
     bucket: Bucket = "AVAILABLE"
     allow_negative: bool = False
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationRequest:
+    """A hold, release, forfeit or void-hold; `amount` is the decimal text as it was sent, None for all of it.
+
+    `bucket` is for forfeit; `lot_ids`, `earned_*` and `reference_id` for LOT assets; the end for hold. `hold_id` names
+    one hold (release and forfeit by id).
+    """
+
+    operation: Operation
+    program_id: UUID
+    asset_id: UUID
+    description: str
+    amount: str | None = None
+    bucket: Literal["AVAILABLE", "HELD"] = "AVAILABLE"
+    reference_id: str | None = None
+    lot_ids: Sequence[UUID] | None = None
+    earned_from: datetime | None = None
+    earned_to: datetime | None = None
+    hold_id: UUID | None = None
+    expires_at: datetime | None = None
+    on_expiry: Literal["RELEASE", "FORFEIT"] | None = None
     idempotency_key: str | None = None
 
 
@@ -51,55 +96,113 @@ class AdjustResult:
     scale: int
 
 
-async def adjust(tx: Transaction, participant_id: UUID, request: AdjustRequest) -> AdjustResult:
-    """Credit or debit a participant. Contract: holders.md 6.2; gates in the order of holders.md 1.
+@dataclass(frozen=True, slots=True)
+class OperationResult:
+    """What an operation moved, and the balance after it (for a replay: the balance now).
 
-    Last of all it seals the journal entry with the commit, so the caller commits at once.
+    `lots` are the lots now in the target state, with the amounts moved, in FIFO order; None on SIMPLE assets.
+    """
+
+    replayed: bool
+    journal_entry_id: UUID
+    amount: Decimal
+    balance: HolderBalance
+    scale: int
+    lots: list[tuple[UUID, Decimal]] | None
+    hold_id: UUID | None
+
+
+async def adjust(tx: Transaction, holder: Holder, request: AdjustRequest) -> AdjustResult:
+    """Credit or debit a holder. Contract: holders.md 6.2.
+
     Raises Refusal: `bad_request`, `invalid_scale`, `not_found`, `idempotency_conflict`, `participant_inactive`,
-    `program_inactive`, `asset_not_linked`, `asset_archived`, `max_transaction_amount_exceeded`,
+    `group_archived`, `program_inactive`, `asset_not_linked`, `asset_archived`, `max_transaction_amount_exceeded`,
     `insufficient_balance`, `insufficient_program_balance`.
     """
     terms = await gates.read_terms(tx, request.program_id, request.asset_id)
     amount = terms.amount(request.amount)
-    gates.require_simple(terms)
-    _require_available_bucket(request)
+    if request.type == "DEBIT" and request.allow_negative and request.bucket == "HELD":
+        raise bad_field("allow_negative", "a debit from HELD cannot go below zero")
     entry_id = new_id()
     claim = await idempotency.claim(
         tx,
         request.program_id,
         "adjust",
         request.idempotency_key,
-        payload=_payload(participant_id, request, amount),
+        payload=_adjust_payload(holder, request, amount),
         result={"journal_entry_id": str(entry_id)},
     )
     if claim.replayed:
-        books = await load_accounts(tx, [participant_id], [request.asset_id])
+        books = await load_accounts(tx, [holder.id], [request.asset_id])
         first_entry_id = UUID(claim.result["journal_entry_id"])
-        return AdjustResult(True, first_entry_id, amount, holder_balance(books, participant_id, terms), terms.scale)
+        return AdjustResult(True, first_entry_id, amount, holder_balance(books, holder, terms), terms.scale)
 
     draws_on_wallet = request.type == "CREDIT" and terms.is_prefunded
     if draws_on_wallet:
         await lock_programs(tx, [request.program_id])
-    participants = await lock_participants(tx, [participant_id])
-    gates.require_active_participant(participants.get(participant_id))
+    _require_usable(holder, await _lock(tx, holder), needs_active=True)
     gates.require_program(terms)
     gates.require_usable_asset(terms)
     gates.require_within_cap(terms, amount)
 
-    touched = [participant_id, request.program_id] if draws_on_wallet else [participant_id]
+    touched = [holder.id, request.program_id] if draws_on_wallet else [holder.id]
     books = await load_accounts(tx, touched, [request.asset_id])
-    holder = books.account("PARTICIPANT", participant_id, request.asset_id, request.bucket)
-    if request.type == "CREDIT":
-        movements = [(credit_source(books, terms, amount), amount.copy_negate()), (holder, amount)]
-    else:
-        if not request.allow_negative:
-            require(holder.balance, amount)
-        movements = [(holder, amount.copy_negate()), (books.system("SYSTEM_BREAKAGE", request.asset_id), amount)]
-    books.post(
-        request.type, movements, program_id=request.program_id, description=request.description, entry_id=entry_id
-    )
+    cause = Cause(entry_id, request.program_id, tx.now, request.description)
+    await _move(tx, books, _position(holder, terms), cause, terms, request, amount)
     await write(tx, books)
-    return AdjustResult(False, entry_id, amount, holder_balance(books, participant_id, terms), terms.scale)
+    return AdjustResult(False, entry_id, amount, holder_balance(books, holder, terms), terms.scale)
+
+
+async def operate(tx: Transaction, holder: Holder, request: OperationRequest) -> OperationResult:
+    """Hold, release, forfeit or void. Contract: holders.md 6.3 to 6.6.
+
+    Raises Refusal: `bad_request`, `invalid_scale`, `not_found`, `idempotency_conflict`, `participant_inactive`,
+    `group_archived`, `program_inactive`, `asset_not_linked`, `asset_archived`, `insufficient_balance`, `conflict`.
+    """
+    terms = await gates.read_terms(tx, request.program_id, request.asset_id)
+    amount = None if request.amount is None else terms.amount(request.amount)
+    _check_shape(terms, request, tx.now)
+    entry_id, hold_id = new_id(), request.hold_id or new_id()
+    operation = request.operation.lower()
+    claim = await idempotency.claim(
+        tx,
+        request.program_id,
+        operation,
+        request.idempotency_key,
+        payload=_operation_payload(holder, request, amount),
+        result={},
+    )
+    if claim.replayed:
+        return await _replay(tx, holder, terms, claim.result)
+
+    sources = await _void_sources(tx, holder, request) if request.operation == "VOID_HOLD" else []
+    if terms.is_prefunded and sources:
+        await lock_programs(tx, sources)
+    _require_usable(holder, await _lock(tx, holder), needs_active=request.operation in _NEEDS_ACTIVE_PARTICIPANT)
+    if request.operation in _TAKES_NEW_VALUE:
+        gates.require_program(terms)
+        gates.require_usable_asset(terms)
+    else:
+        gates.require_linked_asset(terms)
+
+    books = await load_accounts(tx, [holder.id, *(sources if terms.is_prefunded else [])], [request.asset_id])
+    position = _position(holder, terms)
+    cause = Cause(entry_id, request.program_id, tx.now, request.description, reference_id=request.reference_id)
+    selection = _selection(position, request, tx.now)
+    await _load(tx, books, position, request, selection, amount)
+    entry, parts = _OPERATIONS[request.operation](books, position, cause, request, selection, amount, hold_id, terms)
+    await write(tx, books)
+    result = OperationResult(
+        False,
+        entry_id,
+        _moved(entry),
+        holder_balance(books, holder, terms),
+        terms.scale,
+        [(part.lot.id, part.amount) for part in parts] if terms.has_lots else None,
+        hold_id if request.operation == "HOLD" else request.hold_id,
+    )
+    await idempotency.remember(tx, request.program_id, operation, request.idempotency_key, _remembered(result))
+    return result
 
 
 def credit_source(books: Books, terms: Terms, amount: Decimal) -> Account:
@@ -114,28 +217,285 @@ def credit_source(books: Books, terms: Terms, amount: Decimal) -> Account:
     return wallet
 
 
-def holder_balance(books: Books, holder_id: UUID, terms: Terms) -> HolderBalance:
+def holder_balance(books: Books, holder: Holder, terms: Terms) -> HolderBalance:
     """The holder's three buckets of the asset, as they stand in `books`."""
     return HolderBalance(
-        available=books.balance(holder_id, terms.asset_id, "AVAILABLE"),
-        deferred=books.balance(holder_id, terms.asset_id, "DEFERRED"),
-        held=books.balance(holder_id, terms.asset_id, "HELD"),
+        available=books.balance(holder.id, terms.asset_id, "AVAILABLE"),
+        deferred=books.balance(holder.id, terms.asset_id, "DEFERRED"),
+        held=books.balance(holder.id, terms.asset_id, "HELD"),
     )
 
 
-def _require_available_bucket(request: AdjustRequest) -> None:
-    # A credit into HELD makes a hold record and a debit from HELD uses one up; neither exists yet.
-    if request.bucket != "AVAILABLE":
-        raise bad_field("bucket", f"adjusting the bucket {request.bucket} is not supported by this version yet")
+# --- adjust ----------------------------------------------------------------------------------------------------------
 
 
-def _payload(participant_id: UUID, request: AdjustRequest, amount: Decimal) -> dict[str, object]:
+async def _move(
+    tx: Transaction,
+    books: Books,
+    position: Position,
+    cause: Cause,
+    terms: Terms,
+    request: AdjustRequest,
+    amount: Decimal,
+) -> None:
+    if request.type == "CREDIT":
+        source = credit_source(books, terms, amount)
+        if request.bucket == "HELD":
+            movements.credit_held(books, position, cause, amount, source, HoldTerms(new_id()))
+        else:
+            movements.credit(books, position, cause, amount, source)
+    elif request.bucket == "HELD":
+        await _load_held(tx, books, position, position.select("HELD", tx.now), amount)
+        movements.debit_held(books, position, cause, amount)
+    else:
+        if position.has_lots:
+            # Below zero every lot goes, the expired ones by their own entries.
+            spendable_at = None if request.allow_negative else tx.now
+            selection = Selection(position.holder_id, position.asset_id, "AVAILABLE", spendable_at)
+            await load_lots(tx, books.lots, selection, None if request.allow_negative else amount)
+        movements.debit(books, position, cause, amount, allow_negative=request.allow_negative)
+
+
+# --- hold, release, forfeit, void-hold -------------------------------------------------------------------------------
+
+
+def _hold(
+    books: Books,
+    position: Position,
+    cause: Cause,
+    request: OperationRequest,
+    selection: Selection,
+    amount: Decimal | None,
+    hold_id: UUID,
+    terms: Terms,
+) -> tuple[Entry, list[Part]]:
+    on_expiry = (request.on_expiry or "RELEASE") if request.expires_at else None
+    hold_terms = HoldTerms(hold_id, request.expires_at, on_expiry, "WORKFLOW" if request.expires_at else None)
+    return movements.hold(books, position, cause, amount, hold_terms, selection)
+
+
+def _release(
+    books: Books,
+    position: Position,
+    cause: Cause,
+    request: OperationRequest,
+    selection: Selection,
+    amount: Decimal | None,
+    hold_id: UUID,
+    terms: Terms,
+) -> tuple[Entry, list[Part]]:
+    return movements.release(books, position, cause, amount, selection, only=request.hold_id)
+
+
+def _forfeit(
+    books: Books,
+    position: Position,
+    cause: Cause,
+    request: OperationRequest,
+    selection: Selection,
+    amount: Decimal | None,
+    hold_id: UUID,
+    terms: Terms,
+) -> tuple[Entry, list[Part]]:
+    if request.bucket == "HELD":
+        return movements.forfeit_held(books, position, cause, amount, selection, only=request.hold_id)
+    return movements.forfeit(books, position, cause, amount, selection)
+
+
+def _void(
+    books: Books,
+    position: Position,
+    cause: Cause,
+    request: OperationRequest,
+    selection: Selection,
+    amount: Decimal | None,
+    hold_id: UUID,
+    terms: Terms,
+) -> tuple[Entry, list[Part]]:
+    programs = {lot.program_id for lot in books.lots.matching(selection)}
+    sources = {program_id: _return_account(books, terms, program_id) for program_id in programs}
+    return movements.void_hold(books, position, cause, selection, sources)
+
+
+_OPERATIONS = {"HOLD": _hold, "RELEASE": _release, "FORFEIT": _forfeit, "VOID_HOLD": _void}
+
+
+def _return_account(books: Books, terms: Terms, program_id: UUID) -> Account:
+    """Where value that a program had issued goes back to. Contract: README.md "Small print"."""
+    if not terms.is_prefunded:
+        return books.system("SYSTEM_ISSUANCE", terms.asset_id)
+    return books.account("PROGRAM", program_id, terms.asset_id, "AVAILABLE")
+
+
+async def _void_sources(tx: Transaction, holder: Holder, request: OperationRequest) -> list[UUID]:
+    """The programs whose value a void would give back, read before the locks: programs are locked before holders."""
+    rows = await tx.execute(
+        "select distinct program_id from lot where organization_id = %s and entity_id = %s and asset_id = %s"
+        " and reference_id = %s and status = 'HELD' and is_provisional",
+        (tx.organization_id, holder.id, request.asset_id, request.reference_id),
+    )
+    return [row[0] for row in await rows.fetchall()]
+
+
+def _selection(position: Position, request: OperationRequest, now: datetime) -> Selection:
+    bucket: Literal["AVAILABLE", "HELD"] = "HELD"
+    if request.operation == "HOLD" or (request.operation == "FORFEIT" and request.bucket == "AVAILABLE"):
+        bucket = "AVAILABLE"
+    # A hold stamps its lots with the reference; everything else finds them by it.
+    reference_id = None if request.operation == "HOLD" else request.reference_id
+    return position.select(
+        bucket,
+        now,
+        reference_id=reference_id,
+        lot_ids=frozenset(request.lot_ids) if request.lot_ids is not None else None,
+        earned_from=request.earned_from,
+        earned_to=request.earned_to,
+        hold_id=request.hold_id,
+        only_provisional=request.operation == "VOID_HOLD",
+    )
+
+
+async def _load(
+    tx: Transaction,
+    books: Books,
+    position: Position,
+    request: OperationRequest,
+    selection: Selection,
+    amount: Decimal | None,
+) -> None:
+    if selection.status == "HELD":
+        await _load_held(tx, books, position, selection, amount)
+    elif position.has_lots:
+        await load_lots(tx, books.lots, selection, amount)
+
+
+async def _load_held(
+    tx: Transaction, books: Books, position: Position, selection: Selection, amount: Decimal | None
+) -> None:
+    """The lots and holds that something taken out of HELD may use up."""
+    if position.has_lots:
+        await load_lots(tx, books.lots, selection, amount)
+        hold_ids = {lot.hold_id for lot in books.lots.matching(selection) if lot.hold_id is not None}
+        await load_holds(tx, books.holds, hold_ids)
+        if _names_lots(selection) and await _is_reserved(tx, selection):
+            message = "value of a pending redemption is reserved: confirm or cancel the redemption instead"
+            raise Refusal("conflict", message)
+    elif selection.hold_id is not None:
+        await load_holds(tx, books.holds, [selection.hold_id])
+    else:
+        await load_oldest_holds(tx, books.holds, position.holder_id, position.asset_id, amount)
+
+
+def _names_lots(selection: Selection) -> bool:
+    return selection.hold_id is None and (selection.reference_id is not None or selection.lot_ids is not None)
+
+
+async def _is_reserved(tx: Transaction, selection: Selection) -> bool:
+    """Whether lots that the selection names are reserved by a pending redemption."""
+    cursor = await tx.execute(
+        "select exists (select from lot l join hold h on h.organization_id = l.organization_id and h.id = l.hold_id"
+        " where l.organization_id = %s and l.entity_id = %s and l.asset_id = %s and l.status = 'HELD'"
+        " and h.kind = 'REDEMPTION' and (l.reference_id = %s or l.id = any(%s)))",
+        (
+            tx.organization_id,
+            selection.entity_id,
+            selection.asset_id,
+            selection.reference_id,
+            list(selection.lot_ids or ()),
+        ),
+    )
+    row = await cursor.fetchone()
+    return bool(row and row[0])
+
+
+# --- shape, locks, results -------------------------------------------------------------------------------------------
+
+
+def _check_shape(terms: Terms, request: OperationRequest, now: datetime) -> None:
+    if not terms.has_lots:
+        for field in ("lot_ids", "earned_from", "earned_to", "reference_id"):
+            if getattr(request, field) is not None:
+                raise bad_field(field, "only LOT assets have lots to choose from", expected="absent")
+        if request.operation == "VOID_HOLD":
+            raise bad_field("asset_id", "only LOT assets have provisional value to void", expected="a LOT asset")
+    if request.earned_from and request.earned_to and request.earned_to < request.earned_from:
+        raise bad_field("earned_to", "must not be before earned_from", expected="timestamp")
+    if request.expires_at is None and request.on_expiry is not None:
+        raise bad_field("on_expiry", "needs expires_at or expires_in", expected="absent")
+    if request.expires_at is not None and request.expires_at <= now:
+        raise bad_field("expires_at", "must lie in the future", expected="a later timestamp")
+
+
+async def _lock(tx: Transaction, holder: Holder) -> Mapping[str, Any] | None:
+    lock = lock_participants if holder.type == "PARTICIPANT" else lock_groups
+    return (await lock(tx, [holder.id])).get(holder.id)
+
+
+def _require_usable(holder: Holder, row: Mapping[str, Any] | None, *, needs_active: bool) -> None:
+    if holder.type == "GROUP":
+        groups.require_active(row)
+    else:
+        gates.require_participant(row, needs_active=needs_active)
+
+
+def _position(holder: Holder, terms: Terms) -> Position:
+    return Position(holder.type, holder.id, terms.asset_id, terms.has_lots)
+
+
+def _moved(entry: Entry) -> Decimal:
+    """What an entry moved: the amount that its first posting takes away."""
+    return entry.lines[0].amount.copy_abs()
+
+
+async def _replay(tx: Transaction, holder: Holder, terms: Terms, result: Mapping[str, Any]) -> OperationResult:
+    books = await load_accounts(tx, [holder.id], [terms.asset_id])
+    lots = result["lots"]
+    return OperationResult(
+        True,
+        UUID(result["journal_entry_id"]),
+        Decimal(result["amount"]),
+        holder_balance(books, holder, terms),
+        terms.scale,
+        None if lots is None else [(UUID(lot_id), Decimal(amount)) for lot_id, amount in lots],
+        UUID(result["hold_id"]) if result["hold_id"] else None,
+    )
+
+
+def _remembered(result: OperationResult) -> dict[str, Any]:
     return {
-        "participant_id": participant_id,
+        "journal_entry_id": str(result.journal_entry_id),
+        "amount": str(result.amount),
+        "lots": None if result.lots is None else [[str(lot_id), str(amount)] for lot_id, amount in result.lots],
+        "hold_id": str(result.hold_id) if result.hold_id else None,
+    }
+
+
+def _adjust_payload(holder: Holder, request: AdjustRequest, amount: Decimal) -> dict[str, object]:
+    return {
+        "holder_type": holder.type,
+        "holder_id": holder.id,
         "asset_id": request.asset_id,
         "type": request.type,
         "amount": amount,
         "description": request.description,
         "bucket": request.bucket,
         "allow_negative": request.allow_negative,
+    }
+
+
+def _operation_payload(holder: Holder, request: OperationRequest, amount: Decimal | None) -> dict[str, object]:
+    return {
+        "holder_type": holder.type,
+        "holder_id": holder.id,
+        "asset_id": request.asset_id,
+        "amount": amount,
+        "description": request.description,
+        "bucket": request.bucket if request.operation == "FORFEIT" else None,
+        "reference_id": request.reference_id,
+        "lot_ids": sorted(map(str, request.lot_ids)) if request.lot_ids is not None else None,
+        "earned_from": request.earned_from,
+        "earned_to": request.earned_to,
+        "hold_id": request.hold_id,
+        "expires_at": request.expires_at,
+        "on_expiry": request.on_expiry,
     }

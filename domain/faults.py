@@ -1,8 +1,8 @@
 """Fault points: named places where a test or a drill can kill, stall or fail the process. Off unless armed.
 
 `SCRIP_FAULTS` arms them for a process, e.g. `batch.written=kill@3,batch.locked=stall:20` (kill at the third time, stall
-for 20 seconds at the first); tests arm them in their own process with `arm`. Each armed fault fires once. An unarmed
-point costs one look at an empty dict.
+for 20 seconds at the first); `event.applying[alice]=kill` strikes only at that subject. Tests arm them in their own
+process with `arm`. Each armed fault fires once. An unarmed point costs one look at an empty dict.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ POINTS = (
     "wake.sending",  # a committed event is about to wake its workflow
     "drain.promised",  # a drain has promised to look for events
     "batch.locked",  # a batch holds the locks of its holders
+    "event.applying",  # an event is about to be applied in memory; its subject is the participant's external id
     "batch.applied",  # the batch is applied in memory, nothing written
     "batch.written",  # everything is written, the commit not sent
     "batch.committed",  # the batch is committed, nobody told
@@ -43,13 +44,17 @@ _armed: dict[str, _Fault] = {}
 
 
 def parse(text: str) -> dict[str, _Fault]:
-    """The faults in `point=action[:seconds][@pass]`, separated by commas. Raises ValueError for anything else."""
+    """The faults in `point[subject]=action[:seconds][@pass]`, separated by commas; only point and action are needed.
+
+    Raises ValueError for anything else.
+    """
     faults = {}
     for part in filter(None, text.split(",")):
         point, _, order = part.partition("=")
         order, _, at_pass = order.partition("@")
         action, _, seconds = order.partition(":")
-        if point not in POINTS or action not in ("kill", "stall", "fail"):
+        name, bracket, subject = point.partition("[")
+        if name not in POINTS or (bracket and not subject.endswith("]")) or action not in ("kill", "stall", "fail"):
             raise ValueError(f"no such fault: {part!r}")
         faults[point] = _Fault(action, float(seconds or 0), int(at_pass or 1))  # type: ignore[arg-type]
     return faults
@@ -65,11 +70,13 @@ def arm(text: str) -> Iterator[None]:
         _armed.clear()
 
 
-async def reach(point: str) -> None:
-    """Pass a fault point. Raises InjectedFault where it is armed with `fail`."""
+async def reach(point: str, subject: str | None = None) -> None:
+    """Pass a fault point, busy with `subject`. Raises InjectedFault where it is armed with `fail`."""
     if not _armed:
         return
     assert point in POINTS, point
+    if point not in _armed:
+        point = f"{point}[{subject}]"
     fault = _armed.get(point)
     if fault is None:
         return

@@ -12,7 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from db.session import Transaction
-from domain.errors import Problem, Refusal, bad_field, not_found
+from domain.errors import Problem, Refusal, not_found
 from domain.money import format_amount, parse_amount
 
 _READ = """
@@ -42,6 +42,11 @@ class Terms:
     is_linked: bool
 
     @property
+    def has_lots(self) -> bool:
+        """Whether credits of this asset make lots."""
+        return self.inventory_mode == "LOT"
+
+    @property
     def is_prefunded(self) -> bool:
         """Whether credits of this asset come out of the program's wallet."""
         return self.issuance_policy == "PREFUNDED"
@@ -66,17 +71,11 @@ async def read_terms(tx: Transaction, program_id: UUID, asset_id: UUID) -> Terms
     return Terms(program_id=program_id, asset_id=asset_id, **row)
 
 
-def require_simple(terms: Terms) -> None:
-    """Refuse LOT assets: the only place that says that lots are yet to come. Raises Refusal `bad_request`."""
-    if terms.inventory_mode == "LOT":
-        raise bad_field("asset_id", "assets with inventory mode LOT are not supported by this version yet")
-
-
-def require_active_participant(participant: Mapping[str, Any] | None) -> None:
-    """Refuse a participant that doesn't exist (`not_found`) or isn't ACTIVE (`participant_inactive`)."""
+def require_participant(participant: Mapping[str, Any] | None, *, needs_active: bool) -> None:
+    """Refuse a participant that doesn't exist (`not_found`) or, with `needs_active`, isn't (`participant_inactive`)."""
     if participant is None:
         raise not_found("participant")
-    if participant["status"] != "ACTIVE":
+    if needs_active and participant["status"] != "ACTIVE":
         raise Refusal("participant_inactive", f"participant is {participant['status']}")
 
 

@@ -82,6 +82,19 @@ async def claim(
     return Claim(replayed=True, result=found[1])
 
 
+async def remember(
+    tx: Transaction, program_id: UUID, operation: str, key: str | None, result: Mapping[str, Any]
+) -> None:
+    """Replace what a key that this transaction has claimed remembers: for results that are known only afterwards."""
+    if key is None:
+        return
+    await tx.execute(
+        "update idempotency_key set result = %s"
+        " where organization_id = %s and program_id = %s and operation = %s and key = %s",
+        (Jsonb(dict(result)), tx.organization_id, program_id, operation, key),
+    )
+
+
 def conflict(key: str) -> Refusal:
     """The refusal of a key that was used with another payload."""
     return Refusal("idempotency_conflict", f'the idempotency key "{key}" was used with another payload')

@@ -13,9 +13,9 @@ can wait for each other (drawn in docs/ledger.md):
 8. the organization's chain head (`domain.ledger.journal.write`, released by the commit that comes with it)
 
 A holder's row (program, group or participant) guards everything that hangs on it: accounts, lots, holds, counters,
-tags, attributes, tiers, the wallet. Locks are FOR NO KEY UPDATE: rows that point to a holder by a foreign key can
-still be inserted by others. Under READ COMMITTED a statement sees what was committed when it began, so what a lock
-guards is read by a later statement than the one that took the lock. Contract: holders.md 6.9.
+tags, attributes, tiers, the wallet, the members of a group. Locks are FOR NO KEY UPDATE: rows that point to a holder by
+a foreign key can still be inserted by others. Under READ COMMITTED a statement sees what was committed when it began,
+so what a lock guards is read by a later statement than the one that took the lock. Contract: holders.md 6.9.
 """
 
 from collections.abc import Collection, Iterable
@@ -31,6 +31,11 @@ select id, name, status, on_unknown_participant, redemption_target_type, redempt
 from program where organization_id = %s and id = any(%s) order by id for no key update
 """
 
+_LOCK_GROUPS = """
+select id, name, status, created_at, updated_at, deleted_at
+from holder_group where organization_id = %s and id = any(%s) order by id for no key update
+"""
+
 _LOCK_PARTICIPANTS = """
 select id, external_id, status, email, phone, first_name, last_name, display_name, created_at
 from participant where organization_id = %s and id = any(%s) order by id for no key update
@@ -43,6 +48,14 @@ async def lock_programs(tx: Transaction, ids: Iterable[UUID]) -> dict[UUID, Dict
     Raises psycopg.errors.LockNotAvailable after the session's lock timeout.
     """
     return await _lock(tx, _LOCK_PROGRAMS, set(ids))
+
+
+async def lock_groups(tx: Transaction, ids: Iterable[UUID]) -> dict[UUID, DictRow]:
+    """Lock these groups, and with them their members, balances and state; their rows by id, unknown ids left out.
+
+    Raises psycopg.errors.LockNotAvailable after the session's lock timeout.
+    """
+    return await _lock(tx, _LOCK_GROUPS, set(ids))
 
 
 async def lock_participants(tx: Transaction, ids: Iterable[UUID]) -> dict[UUID, DictRow]:

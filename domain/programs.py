@@ -9,7 +9,7 @@ from sqlmodel import col, select
 from sqlmodel.sql.expression import SelectOfScalar
 
 from db.session import Transaction
-from db.tables import Lane, Participant, Program
+from db.tables import Group, Lane, Participant, Program
 from domain.errors import Refusal, bad_field, not_found
 from domain.ids import new_id
 from domain.pagination import Page, PageRequest, paginate
@@ -144,7 +144,10 @@ async def _entity_exists(tx: Transaction, entity_id: UUID) -> bool:
     participant = select(Participant).where(
         Participant.organization_id == tx.organization_id, Participant.id == entity_id
     )
-    return await tx.first(participant) is not None
+    if await tx.first(participant):
+        return True
+    group = select(Group).where(Group.organization_id == tx.organization_id, Group.id == entity_id)
+    return await tx.first(group) is not None
 
 
 def _by_id(tx: Transaction, program_id: UUID) -> SelectOfScalar[Program]:

@@ -1,4 +1,4 @@
-"""Tags, attributes and counters of participants and programs, and the history of their changes. Contract: holders.md 5.
+"""Tags, attributes and counters of participants, groups and programs, and their history. Contract: holders.md 5.
 
 Everything that writes takes a `LockedEntity`: the entity's row lock is what makes read-then-write safe.
 """
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Literal, LiteralString
 from uuid import UUID
 
 from sqlalchemy import and_, func
@@ -15,20 +15,25 @@ from sqlmodel import col, select
 
 from db.session import Transaction
 from db.tables import Event, StateHistory
-from domain import limits
+from domain import groups, limits
 from domain.durations import parse_duration
 from domain.errors import bad_field, not_found
 from domain.events.world import CounterState
 from domain.ids import new_id
-from domain.locks import lock_participants, lock_programs
+from domain.locks import lock_groups, lock_participants, lock_programs
 from domain.money import ZERO, fits_scale, fits_size, format_plain, parse_number
 from domain.pagination import Page, PageRequest, paginate
 
-EntityKind = Literal["participant", "program"]
+EntityKind = Literal["participant", "group", "program"]
 StateType = Literal["tag", "counter", "attribute", "tier"]
 Operation = Literal["set", "delete", "add", "remove", "auto_reset"]
 
-_LOCKS = {"participant": lock_participants, "program": lock_programs}
+_LOCKS = {"participant": lock_participants, "group": lock_groups, "program": lock_programs}
+_TABLES: dict[EntityKind, LiteralString] = {
+    "participant": "participant",
+    "group": "holder_group",
+    "program": "program",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +68,21 @@ class HistoryFilter:
 
 
 async def lock(tx: Transaction, kind: EntityKind, entity_id: UUID) -> LockedEntity:
-    """Lock the entity's row until the end of the transaction. Raises Refusal `not_found`."""
-    if entity_id not in await _LOCKS[kind](tx, [entity_id]):
+    """Lock the entity's row until the end of the transaction, to change its state.
+
+    Raises Refusal `not_found`, and `group_archived`: the state of an archived group is final.
+    """
+    row = (await _LOCKS[kind](tx, [entity_id])).get(entity_id)
+    if row is None:
         raise not_found(kind)
+    if kind == "group":
+        groups.require_active(row)
     return LockedEntity(entity_id)
 
 
 async def require(tx: Transaction, kind: EntityKind, entity_id: UUID) -> None:
     """Raise Refusal `not_found` unless the entity exists."""
-    query: Any = f"select 1 from {kind} where organization_id = %s and id = %s"
+    query: LiteralString = f"select 1 from {_TABLES[kind]} where organization_id = %s and id = %s"
     if await tx.row(query, (tx.organization_id, entity_id)) is None:
         raise not_found(kind)
 

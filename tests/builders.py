@@ -6,7 +6,7 @@ from typing import Any
 from uuid import UUID
 
 from db.session import Database, Transaction
-from db.tables import Asset, Lane, Participant, Program, ProgramAsset
+from db.tables import Asset, Group, GroupMember, Lane, Participant, Program, ProgramAsset
 from domain.ids import new_id
 from domain.ledger.journal import open_system_accounts
 
@@ -70,6 +70,32 @@ async def make_participant(tx: Transaction, **fields: Any) -> UUID:
     }
     await tx.insert(Participant(**participant))
     return participant_id
+
+
+async def make_group(tx: Transaction, *admins: UUID, **fields: Any) -> UUID:
+    """An ACTIVE group of these ADMINs (none given: a new participant); `fields` overrides columns."""
+    group_id = new_id()
+    group = {
+        "organization_id": tx.organization_id,
+        "id": group_id,
+        "name": "Family",
+        "status": "ACTIVE",
+        "created_at": tx.now,
+        "updated_at": tx.now,
+        **fields,
+    }
+    await tx.insert(Group(**group))
+    for admin in admins or (await make_participant(tx),):
+        member = GroupMember(
+            organization_id=tx.organization_id,
+            group_id=group_id,
+            participant_id=admin,
+            role="ADMIN",
+            status="ACTIVE",
+            joined_at=tx.now,
+        )
+        await tx.insert(member)
+    return group_id
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import cli
 from db.session import Database
 from domain import balances
-from domain.balances import AdjustRequest
+from domain.balances import AdjustRequest, Holder
 from domain.clock import system_clock
 from domain.ids import new_id
 from settings import Settings
@@ -41,7 +41,7 @@ def entry_ids(postgres: Postgres, organization: Tenant) -> list[UUID]:
         found = []
         for _ in range(3):
             async with database.transaction(organization.id) as tx:
-                found.append((await balances.adjust(tx, shop.alice, request)).journal_entry_id)
+                found.append((await balances.adjust(tx, Holder("PARTICIPANT", shop.alice), request)).journal_entry_id)
         await database.close()
         return found
 

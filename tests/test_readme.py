@@ -1,4 +1,4 @@
-"""Goal: what a newcomer reads is true: the quickstart works as printed, links lead somewhere, no variable is missing."""
+"""Goal: what newcomers read is true: the quickstart works as printed, links lead somewhere, no variable is missing."""
 
 import re
 import shutil

@@ -195,7 +195,10 @@ async def _apply(
     for _ in range(limits.BATCH_GROWTHS + scouting):
         await tx.execute("savepoint batch")
         world = await _load(tx, program, rules, references, members, locked=not scouting)
-        outcomes = [apply_event(world, rules, event, tx.now) for event in events]
+        outcomes = []
+        for event in events:
+            await faults.reach("event.applying", event.external_id)
+            outcomes.append(apply_event(world, rules, event, tx.now))
         references = members | world.reached
         if not world.missing and not scouting and not _created_in_vain(world, references):
             return world, [outcome for outcome in outcomes if outcome is not None]

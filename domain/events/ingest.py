@@ -56,13 +56,14 @@ def check_payload(event: NewEvent) -> bytes:
 
     Raises Refusal `bad_request` for a payload above 64 KiB or nested deeper than 32.
     """
+    # The depth comes first: the writer of JSON gives up on what nests very deep.
+    if depth(event.event_data) > limits.EVENT_DATA_DEPTH:
+        raise bad_field("event_data", f"must not nest deeper than {limits.EVENT_DATA_DEPTH}")
     text = json.dumps(event.event_data)
     if len(text) > limits.EVENT_DATA_BYTES:
         raise bad_field(
             "event_data", f"must be at most {limits.EVENT_DATA_BYTES} bytes of JSON", received=f"{len(text)} bytes"
         )
-    if depth(event.event_data) > limits.EVENT_DATA_DEPTH:
-        raise bad_field("event_data", f"must not nest deeper than {limits.EVENT_DATA_DEPTH}")
     return text
 
 

@@ -6,7 +6,7 @@ from decimal import Decimal
 from uuid import UUID
 
 from db.session import Transaction
-from domain.money import format_amount
+from domain.money import add, format_amount
 
 # The newest posting comes from the unique index on (organization_id, account_id, version desc), one probe per account.
 _BALANCES = """
@@ -27,6 +27,18 @@ group by a.entity_id, a.asset_id, s.symbol, s.scale
 order by a.entity_id, lower(s.symbol)
 """
 
+# No account knows its programs: this walks every posting of the holder and looks up its entry.
+_PROGRAM_TOTALS = """
+select a.asset_id, s.scale, sum(p.amount) as amount
+from account a
+join posting p on p.organization_id = a.organization_id and p.account_id = a.id
+join journal_entry e on e.organization_id = p.organization_id and e.id = p.entry_id
+join asset s on s.organization_id = a.organization_id and s.id = a.asset_id
+where a.organization_id = %(organization_id)s and a.entity_id = %(entity_id)s and e.program_id = %(program_id)s
+group by a.asset_id, s.scale, s.symbol
+order by lower(s.symbol)
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class AssetBalance:
@@ -44,6 +56,25 @@ class AssetBalance:
         """`amount` as responses show amounts of this asset."""
         return format_amount(amount, self.scale)
 
+    @property
+    def total(self) -> Decimal:
+        """The three buckets together."""
+        return add(add(self.available, self.held), self.deferred)
+
+
+@dataclass(frozen=True, slots=True)
+class AssetTotal:
+    """What a holder has of one asset, all buckets together."""
+
+    asset_id: UUID
+    scale: int
+    amount: Decimal
+
+    @property
+    def text(self) -> str:
+        """The amount as responses show it."""
+        return format_amount(self.amount, self.scale)
+
 
 async def holder_balances(
     tx: Transaction, entity_ids: Collection[UUID], asset_id: UUID | None = None
@@ -51,3 +82,15 @@ async def holder_balances(
     """The balances of these holders, by holder and symbol; assets that a holder never touched are absent."""
     params = {"organization_id": tx.organization_id, "entity_ids": list(entity_ids), "asset_id": asset_id}
     return [AssetBalance(**row) for row in await tx.rows(_BALANCES, params)]
+
+
+async def holder_totals(tx: Transaction, entity_id: UUID, program_id: UUID | None = None) -> list[AssetTotal]:
+    """The holder's total of each asset it ever touched, by symbol.
+
+    With `program_id` the sums of that program's entries alone, which may be negative: value that one program gave can
+    be spent in another. Contract: holders.md 4.3.
+    """
+    if program_id is None:
+        return [AssetTotal(row.asset_id, row.scale, row.total) for row in await holder_balances(tx, [entity_id])]
+    params = {"organization_id": tx.organization_id, "entity_id": entity_id, "program_id": program_id}
+    return [AssetTotal(**row) for row in await tx.rows(_PROGRAM_TOTALS, params)]

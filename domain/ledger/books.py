@@ -13,6 +13,8 @@ from uuid import UUID
 
 from domain.errors import Refusal
 from domain.ids import new_id
+from domain.ledger.holds import HoldBook
+from domain.ledger.lots import LotBook
 from domain.money import EXACT, ZERO
 
 EntityType = Literal["PARTICIPANT", "GROUP", "PROGRAM", "SYSTEM_ISSUANCE", "SYSTEM_BREAKAGE", "SYSTEM_REDEMPTION"]
@@ -82,7 +84,7 @@ class Entry:
 
 @dataclass(slots=True)
 class Books:
-    """Accounts by their coordinates, and the entries posted so far, in order.
+    """Accounts by their coordinates with their lots and holds, and the entries posted so far, in order.
 
     Only accounts of holders whose row the transaction has locked may be in here: that lock is what makes the balances
     true until the commit.
@@ -90,6 +92,8 @@ class Books:
 
     accounts: dict[tuple[UUID | None, UUID, str], Account] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
+    lots: LotBook = field(default_factory=LotBook)
+    holds: HoldBook = field(default_factory=HoldBook)
 
     def add(self, accounts: Iterable[Account]) -> None:
         """Take over accounts as they were loaded."""
@@ -154,17 +158,20 @@ class Books:
         self.entries.append(entry)
         return entry
 
-    def mark(self) -> int:
+    def mark(self) -> tuple[int, int, int]:
         """A point to which `undo` can go back."""
-        return len(self.entries)
+        return len(self.entries), self.lots.mark(), self.holds.mark()
 
-    def undo(self, mark: int) -> None:
-        """Take back every entry posted since `mark`, newest first."""
-        while len(self.entries) > mark:
+    def undo(self, mark: tuple[int, int, int]) -> None:
+        """Take back every entry posted since `mark`, newest first, with what it did to lots and holds."""
+        entries, lots, holds = mark
+        while len(self.entries) > entries:
             for line in reversed(self.entries.pop().lines):
                 if line.version is not None:
                     line.account.version -= 1
                     line.account.balance = EXACT.subtract(line.account.balance, line.amount)
+        self.lots.undo(lots)
+        self.holds.undo(holds)
 
 
 def _post_line(account: Account, amount: Decimal) -> Line:

@@ -16,6 +16,7 @@ from domain import faults
 from domain.ids import new_id
 from domain.ledger.books import SYSTEM_TYPES, Account, Books, Entry, Line
 from domain.ledger.canonical import HashedPosting, entry_body, entry_tail
+from domain.ledger.holdings import write_holdings
 
 _LOAD = """
 select a.id, a.entity_type, a.entity_id, a.asset_id, a.bucket, coalesce(p.version, 0), coalesce(p.balance, 0)
@@ -87,6 +88,7 @@ async def write(tx: Transaction, books: Books) -> None:
         "postings": json.parameter([row for entry in books.entries for row in _posting_rows(entry)]),
     }
     await tx.execute(_INSERT_BOTH if opened else _INSERT_POSTINGS, params)
+    await write_holdings(tx, books.lots, books.holds)
     await faults.reach("ledger.written")
     sealed = json.parameter([_entry_row(tx, entry) for entry in books.entries])
     tx.commit_with(

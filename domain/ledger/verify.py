@@ -5,22 +5,26 @@ that computed it first. Contract: endpoints.md "GET /v1/reports/integrity", hold
 
 The whole chain is a `Walk`: a small value that `advance` moves on by one page, so that a request walks in one
 transaction, a command in one per page, and either can show its progress. Its target is the head as it was at the
-start: entries written meanwhile belong to the next walk. Per page it also ties each posting to the one before it in its
+start: entries written meanwhile belong to the next walk. A background verification keeps it between activities as JSON
+(`save`, `resume`). Per page it also ties each posting to the one before it in its
 account (version + 1, balance + amount); from genesis on, that is the same as folding every account from zero.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal, DecimalException
 from itertools import groupby
 from operator import attrgetter
-from typing import LiteralString, NamedTuple, ParamSpec
+from typing import Any, ClassVar, LiteralString, NamedTuple, ParamSpec
 from uuid import UUID
+
+import orjson
+from pydantic import ConfigDict, TypeAdapter
 
 from db.session import Transaction
 from domain import limits
-from domain.errors import Refusal, not_found
+from domain.errors import not_found
 from domain.ledger.canonical import GENESIS_HASH, HASH_VERSION, HashedPosting, entry_body, entry_hash, entry_tail
 from domain.money import EXACT, ZERO
 
@@ -122,7 +126,9 @@ class Walk:
     first_invalid_entry_id: UUID | None = None
     problem: str | None = None
     finished: bool = False
-    _last_posting: tuple[UUID, int] = field(default=(UUID(int=0), -1))
+    last_posting: tuple[UUID, int] = (UUID(int=0), -1)
+    """How far the search for postings without an entry has come, after the chain."""
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_bytes="hex", val_json_bytes="hex")
 
     @property
     def valid(self) -> bool:
@@ -191,18 +197,31 @@ async def advance(tx: Transaction, walk: Walk) -> bool:
     return not walk.finished
 
 
-async def verify_chain(tx: Transaction) -> Walk:
+async def verify_chain(tx: Transaction) -> Walk | None:
     """Check the whole chain within one transaction, as a request does.
 
-    Raises Refusal `bad_request` for a chain of more than limits.VERIFY_IN_REQUEST entries.
+    None for a chain of more than limits.VERIFY_IN_REQUEST entries: that takes a background verification.
     """
     walk = await begin_walk(tx)
     if walk.head_sequence > limits.VERIFY_IN_REQUEST:
-        message = f"the ledger has more than {limits.VERIFY_IN_REQUEST:,} entries: run `scrip verify` on the server"
-        raise Refusal("bad_request", message)
+        return None
     while await advance(tx, walk):
         pass
     return walk
+
+
+def save(walk: Walk) -> dict[str, Any]:
+    """The walk as an object of JSON: a few hundred bytes, whatever the length of the chain."""
+    saved: dict[str, Any] = _AS_JSON.dump_python(walk, mode="json")
+    return saved
+
+
+def resume(saved: dict[str, Any]) -> Walk:
+    """The walk that `save` kept, to be moved on from where it was."""
+    return _AS_JSON.validate_json(orjson.dumps(saved))
+
+
+_AS_JSON = TypeAdapter(Walk)
 
 
 class _Stored(NamedTuple):
@@ -266,7 +285,7 @@ async def _check_page(tx: Transaction, walk: Walk) -> None:
 
 async def _check_orphans(tx: Transaction, walk: Walk) -> None:
     """Look at the next page of all postings for some that no entry has sealed: they would change balances unseen."""
-    entry_id, ordinal = walk._last_posting
+    entry_id, ordinal = walk.last_posting
     params = {
         "organization_id": tx.organization_id,
         "entry_id": entry_id,
@@ -278,7 +297,7 @@ async def _check_orphans(tx: Transaction, walk: Walk) -> None:
     walk.finished = row is None or row[3] < _ORPHANS_PAGE
     if row is None:
         return
-    walk._last_posting = (row[0], row[1])
+    walk.last_posting = (row[0], row[1])
     if row[2] is not None:
         walk.problem = f"there are postings of an entry {row[2]} that doesn't exist"
 

@@ -27,6 +27,13 @@ async def new_participant(client: httpx.AsyncClient, **fields: Any) -> dict[str,
     return await created(client, "/participants", {"external_id": uuid4().hex, **fields})
 
 
+async def new_group(client: httpx.AsyncClient, *members: str, **fields: Any) -> dict[str, Any]:
+    """A group of one new ADMIN, or of these participants, the first one as ADMIN."""
+    admin, *others = members or ((await new_participant(client))["id"],)
+    joining = [{"participant_id": admin, "role": "ADMIN"}, *({"participant_id": other} for other in others)]
+    return await created(client, "/groups", {"name": "Family", "members": joining, **fields})
+
+
 async def created(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, Any]:
     answer = await client.post(path, json=body)
     assert answer.status_code == 201, answer.text

@@ -13,7 +13,7 @@ from sqlmodel import col
 from db.session import Database
 from db.tables import Asset, Participant, Program
 from domain import balances, wallet
-from domain.balances import AdjustRequest, AdjustResult
+from domain.balances import AdjustRequest, Holder, AdjustResult
 from domain.errors import Refusal
 from domain.ids import new_id
 from domain.ledger import queries
@@ -46,7 +46,7 @@ async def adjust(
     database: Database, organization: Tenant, participant_id: UUID, request: AdjustRequest
 ) -> AdjustResult:
     async with database.transaction(organization.id) as tx:
-        return await balances.adjust(tx, participant_id, request)
+        return await balances.adjust(tx, Holder("PARTICIPANT", participant_id), request)
 
 
 async def fund(database: Database, organization: Tenant, shop: Shop, amount: str) -> None:

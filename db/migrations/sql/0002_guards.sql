@@ -45,4 +45,5 @@ $$;
 revoke all on function organization_ids(uuid, int) from public;
 grant execute on function organization_ids(uuid, int) to scrip_app;
 grant select, insert, update on holder_group, group_member, lot, hold, ledger_verification to scrip_app;
+grant update (result) on idempotency_key to scrip_app;
 grant select, insert on lot_change, hold_change, system_checkpoint to scrip_app;

@@ -93,7 +93,7 @@ async def test_an_event_committed_under_the_promise_is_found_by_the_last_look(
     """The API saw the promise and woke nobody; the drain has withdrawn it meanwhile and must still find the event."""
     sent: list[UUID] = []
 
-    async def commit_at_the_last_moment(point: str) -> None:
+    async def commit_at_the_last_moment(point: str, *_: object) -> None:
         if point == "drain.withdrawn":
             sent.append(await program.send())
 

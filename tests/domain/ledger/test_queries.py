@@ -11,7 +11,7 @@ import pytest
 
 from db.session import Database, Transaction
 from domain import balances, wallet
-from domain.balances import AdjustRequest
+from domain.balances import AdjustRequest, Holder
 from domain.errors import Refusal
 from domain.ids import new_id
 from domain.ledger import queries, verify
@@ -241,7 +241,7 @@ async def test_a_hundred_entries_at_once_leave_no_hole(
             program_id=shop.program_id, asset_id=shop.asset_id, type="CREDIT", amount="1", description="x"
         )
         async with database.transaction(organization.id) as tx:
-            await balances.adjust(tx, holders[i % 20], request)
+            await balances.adjust(tx, Holder("PARTICIPANT", holders[i % 20]), request)
 
     async def fund() -> None:
         async with database.transaction(organization.id) as tx:

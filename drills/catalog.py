@@ -1,0 +1,5 @@
+"""Every drill there is, in the order in which they run."""
+
+from drills import contention, crashes, lost_temporal, points, poison, same_keys
+
+DRILLS = (points.DRILL, crashes.DRILL, lost_temporal.DRILL, same_keys.DRILL, poison.DRILL, contention.DRILL)
