@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar
 from uuid import UUID
 
 import psycopg
@@ -28,6 +29,8 @@ from domain.organizations import NewKey
 from settings import Settings, get_settings
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from db.session import Database, Transaction
     from domain.ledger.verify import Walk
     from workflows.gateway import Gateway
@@ -64,6 +67,13 @@ app.add_typer(keys, name="keys", rich_help_panel="Administration")
 
 ProgramId = Annotated[UUID, typer.Argument(help="The program's id.")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+class ExportFormat(StrEnum):
+    """What `scrip export` can write."""
+
+    JSONL = "jsonl"
+    HLEDGER = "hledger"
 
 
 class CommandError(typer.Exit):
@@ -299,6 +309,26 @@ def verify(
 
 
 @app.command(rich_help_panel="Administration")
+def export(
+    organization: Annotated[UUID, typer.Option("--org", help="The organization's id.")],
+    file_format: Annotated[
+        ExportFormat, typer.Option("--format", help="jsonl for tools/verify_export.py, hledger for bookkeepers.")
+    ] = ExportFormat.JSONL,
+    output: Annotated[Path | None, typer.Option(help="The file to write; standard output without it.")] = None,
+    from_sequence: Annotated[int, typer.Option(min=1, help="The first entry to export, by its sequence.")] = 1,
+) -> None:
+    """Write a ledger's entries, to the newest at the start, for whoever checks them without Scrip (docs/ledger.md).
+
+    A file appears under its name only when it is complete. Uses SCRIP_DATABASE_URL.
+    """
+    _require(_admin_settings().database_url.get_secret_value(), "SCRIP_DATABASE_URL", "the application's role")
+    try:
+        asyncio.run(_export(organization, file_format, output, from_sequence))
+    except Refusal as refusal:
+        raise CommandError(refusal.message) from None
+
+
+@app.command(rich_help_panel="Administration")
 def reconcile() -> None:
     """Start in Temporal what Postgres says should be running.
 
@@ -397,18 +427,15 @@ async def _open_database(settings: Settings) -> AsyncIterator[Database]:
 
 async def _verify_ledgers(organization_ids: list[UUID]) -> list[Walk]:
     """Walk the chain of each organization, a transaction per page, with a progress bar on stderr."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from db.session import Database
     from domain.ledger.verify import advance, begin_walk
 
     url = _admin_settings().database_url.get_secret_value()
     database = Database(url, size=1, timeout_s=10, clock=system_clock)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     walks = []
     await database.open()
     try:
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with _progress() as progress:
             for organization_id in organization_ids:
                 async with database.transaction(organization_id) as tx:
                     walk = await begin_walk(tx)
@@ -422,6 +449,47 @@ async def _verify_ledgers(organization_ids: list[UUID]) -> list[Walk]:
     finally:
         await database.close()
     return walks
+
+
+async def _export(organization_id: UUID, file_format: ExportFormat, output: Path | None, first: int) -> None:
+    """Write the export to `output`, with a progress bar on stderr, or to standard output."""
+    from domain.ledger.export import FORMATS, span_of
+
+    async with _open_database(_admin_settings()) as database:
+        span = await span_of(database, organization_id, first)
+        chunks = FORMATS[file_format](database, span)
+        if output is None:
+            stdout = typer.get_binary_stream("stdout")
+            async for chunk in chunks:
+                stdout.write(chunk.text.encode())
+            return
+        with _complete_file(output) as file, _progress() as progress:
+            bar = progress.add_task(str(output), total=span.entries)
+            async for chunk in chunks:
+                file.write(chunk.text.encode())
+                progress.advance(bar, chunk.entries)
+
+
+@contextmanager
+def _complete_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name, in place of an older one, once the block has ended well."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        raise CommandError(f"Cannot write {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _progress() -> Progress:
+    """A progress bar of entries on stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def migrate_schema(owner_url: str) -> None:

@@ -16,6 +16,7 @@ from temporalio.service import RPCError
 from temporalio.worker import Worker
 
 from activities.events import EventActivities
+from activities.ledger import LedgerActivities
 from db.session import Database, DatabaseUnavailable
 from domain import limits
 from domain.clock import Clock, system_clock
@@ -25,11 +26,13 @@ from settings import Settings, get_settings
 from workflows import queues
 from workflows.event_processing import EventProcessing
 from workflows.gateway import Gateway, connect, register_search_attributes
+from workflows.ledger_verification import LedgerVerification, NightlyVerification
 from workflows.reconcile import find_lost_wakes, reconcile
+from workflows.schedules import ensure_schedules
 
 logger = logging.getLogger("scrip.worker")
 
-WORKFLOWS: Sequence[type] = (EventProcessing,)
+WORKFLOWS: Sequence[type] = (EventProcessing, LedgerVerification, NightlyVerification)
 
 
 def build_worker(client: Client, settings: Settings, clock: Clock, executor: ThreadPoolExecutor) -> Worker:
@@ -39,7 +42,15 @@ def build_worker(client: Client, settings: Settings, clock: Clock, executor: Thr
         clock,
         RetryPolicy(settings.max_attempts, settings.retry_schedule_s),
     )
-    activities: list[Any] = [events.drain_events, events.set_processing_paused]
+    ledger = LedgerActivities(settings.database_url.get_secret_value(), clock)
+    activities: list[Any] = [
+        events.drain_events,
+        events.set_processing_paused,
+        ledger.begin_verification,
+        ledger.verify_entries,
+        ledger.abandon_verification,
+        ledger.list_organizations,
+    ]
     return Worker(
         client,
         task_queue=queues.LEDGER,
@@ -74,6 +85,7 @@ async def run(settings: Settings) -> None:
     if client is None:
         return
     await register_search_attributes(client)
+    await ensure_schedules(client)
     database = Database(settings.database_url.get_secret_value(), size=2, timeout_s=10, clock=system_clock)
     await database.open()
     gateway = Gateway.from_settings(settings)

@@ -32,6 +32,7 @@ class DrainReport:
     completed: int
     failed: int
     next_due_at: datetime | None
+    is_paused: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class EventActivities:
         self._clock = clock
         self._retries = retries
 
-    @activity.defn
+    # Without this a cancellation (a terminated workflow, a Temporal that forgot it) is thrown into the thread at any
+    # point, also in the middle of an event, which would then look as if it couldn't be processed.
+    @activity.defn(no_thread_cancel_exception=True)
     def drain_events(self, request: DrainRequest) -> DrainReport:
         """Process the program's due events until its queue has been dry for a moment, for at most ten seconds.
 
@@ -62,7 +65,7 @@ class EventActivities:
         """
         return asyncio.run(self._drain(request))
 
-    @activity.defn
+    @activity.defn(no_thread_cancel_exception=True)
     def set_processing_paused(self, request: PauseRequest) -> None:
         """Stop or resume the processing of a program's events. Repeating it changes nothing."""
         asyncio.run(self._set_paused(request))
@@ -91,4 +94,4 @@ class EventActivities:
                 activity.heartbeat,
                 after_loss=after_loss,
             )
-        return DrainReport(result.events, result.completed, result.failed, result.next_due_at)
+        return DrainReport(result.events, result.completed, result.failed, result.next_due_at, result.is_paused)

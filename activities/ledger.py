@@ -32,6 +32,15 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """The next part of a verification: `walk` is where the part before stopped, as `Progress` brought it."""
+
+    organization_id: UUID
+    verification_id: UUID
+    walk: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a verification has come. `walk` is what the next activity goes on with; the rest is for people."""
 
@@ -69,13 +78,13 @@ class LedgerActivities:
         return asyncio.run(self._begin(request))
 
     @activity.defn(no_thread_cancel_exception=True)
-    def verify_entries(self, request: Verification, walk: dict[str, Any]) -> Progress:
+    def verify_entries(self, request: Stage) -> Progress:
         """Check page after page, a transaction each, for half a minute or to the end; the record is kept up to date.
 
         The outcome is recorded, and a broken ledger logged as an error, with the last page. An attempt that follows
         a lost one goes on where the last heartbeat was.
         """
-        return asyncio.run(self._verify(request, walk))
+        return asyncio.run(self._verify(request))
 
     @activity.defn
     def abandon_verification(self, request: Verification) -> None:
@@ -95,9 +104,9 @@ class LedgerActivities:
                 raise ApplicationError(refusal.message, type=refusal.code, non_retryable=True) from refusal
         return _progress(walk)
 
-    async def _verify(self, request: Verification, saved: dict[str, Any]) -> Progress:
+    async def _verify(self, request: Stage) -> Progress:
         heartbeats = activity.info().heartbeat_details
-        walk = verify.resume(heartbeats[0] if heartbeats else saved)
+        walk = verify.resume(heartbeats[0] if heartbeats else request.walk)
         ends_at = time.monotonic() + SPAN_S
         async with self._connected() as database:
             while not walk.finished and time.monotonic() < ends_at:
@@ -140,7 +149,7 @@ def _progress(walk: Walk) -> Progress:
     )
 
 
-def _report(request: Verification, walk: Walk) -> None:
+def _report(request: Stage, walk: Walk) -> None:
     logger.error(
         "a ledger is invalid",
         extra={

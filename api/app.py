@@ -7,7 +7,20 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from api import assets, balances, events, groups, health, ledger, participants, programs, rules, state, wallet
+from api import (
+    assets,
+    balances,
+    events,
+    groups,
+    health,
+    ledger,
+    participants,
+    programs,
+    rules,
+    state,
+    statements,
+    wallet,
+)
 from api.backlog import BacklogGauge
 from api.errors import install_error_handlers
 from api.middleware import EdgeMiddleware
@@ -39,6 +52,7 @@ ROUTERS = (
     assets.router,
     wallet.router,
     rules.router,
+    statements.router,
     ledger.router,
     health.router,
 )

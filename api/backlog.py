@@ -49,5 +49,14 @@ class BacklogGauge:
                 self._full.discard(organization_id)
         except DatabaseUnavailable as error:
             logger.warning("the backlog was not counted: %s", error)
-        await asyncio.sleep(_INTERVAL_S)
-        del self._counting[organization_id]
+        except Exception:
+            logger.exception("the backlog was not counted")
+        finally:
+            await self._rest(organization_id)
+
+    async def _rest(self, organization_id: UUID) -> None:
+        try:
+            await asyncio.sleep(_INTERVAL_S)
+        finally:
+            # Whatever went wrong, the next event counts anew.
+            del self._counting[organization_id]

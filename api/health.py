@@ -1,20 +1,27 @@
 """Probes for supervisors and load balancers; no key needed."""
 
 import asyncio
+import logging
+import time
 from contextlib import suppress
 from typing import Literal
 
-from fastapi import APIRouter
+import psycopg
+from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 
 from api.responses import JsonResponse, respond
 from api.route import ApiServices
-from db.session import DatabaseUnavailable
+from db.session import Database, DatabaseUnavailable
+from domain.ledger.verifications import count_invalid
+
+logger = logging.getLogger("scrip.health")
 
 router = APIRouter(tags=["Health"])
 
 _PROBE_S = 1.0
+_LEDGERS_INTERVAL_S = 60.0
 
 
 class Health(BaseModel):
@@ -23,12 +30,49 @@ class Health(BaseModel):
     status: Literal["ok"] = Field(description="Always `ok`.")
 
 
+class Ledgers(BaseModel):
+    """What the newest verifications found."""
+
+    status: Literal["ok", "invalid", "unknown"] = Field(description="`unknown` until it has been looked up.")
+    invalid_organizations: int | None = Field(description="How many organizations' ledgers were found invalid.")
+
+
 class Readiness(BaseModel):
-    """What this process can reach."""
+    """What this process can reach, and what it knows."""
 
     status: Literal["ready", "unavailable"] = Field(description="Whether requests can be served.")
     database: Literal["ok", "unreachable"] = Field(description="Without it nothing works.")
     temporal: Literal["ok", "unreachable"] = Field(description="Without it events wait, and two-step calls answer 503.")
+    ledger: Ledgers = Field(description="Looked up once a minute at most.")
+
+
+class LedgerGauge:
+    """How many ledgers are known to be invalid, counted at most once a minute. Used from one event loop."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._invalid: int | None = None
+        self._count: asyncio.Task[None] | None = None
+        self._due_at = 0.0
+
+    async def look(self) -> Ledgers:
+        """What the last count found; a new one is waited for, for a second at most."""
+        if self._count is None and time.monotonic() >= self._due_at:
+            self._count = asyncio.create_task(self._look())
+        if self._count is not None:
+            await asyncio.wait([self._count], timeout=_PROBE_S)
+        if self._invalid is None:
+            return Ledgers(status="unknown", invalid_organizations=None)
+        return Ledgers(status="invalid" if self._invalid else "ok", invalid_organizations=self._invalid)
+
+    async def _look(self) -> None:
+        try:
+            self._invalid = await count_invalid(self._database)
+            self._due_at = time.monotonic() + _LEDGERS_INTERVAL_S
+        except (DatabaseUnavailable, psycopg.Error) as error:
+            logger.warning("invalid ledgers were not counted: %s", error)
+        finally:
+            self._count = None
 
 
 @router.get("/healthz", response_model=Health)
@@ -39,17 +83,28 @@ async def get_health() -> JsonResponse:
 
 @router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 async def get_readiness(request: Request) -> JsonResponse:
-    """Answer 200 when the database is reachable, else 503; Temporal is shown, but does not decide."""
+    """Answer 200 when the database is reachable, else 503; Temporal and ledgers are shown, but do not decide.
+
+    A ledger found invalid is a matter for people: taking every process out of service would help nobody.
+    """
     services: ApiServices = request.app.state.services
-    database, temporal = await asyncio.gather(
-        _database_answers(services), _port_answers(services.settings.temporal_address)
+    database, temporal, ledger = await asyncio.gather(
+        _database_answers(services), _port_answers(services.settings.temporal_address), _gauge(request.app).look()
     )
     readiness = Readiness(
         status="ready" if database else "unavailable",
         database="ok" if database else "unreachable",
         temporal="ok" if temporal else "unreachable",
+        ledger=ledger,
     )
     return respond(readiness, 200 if database else 503)
+
+
+def _gauge(app: FastAPI) -> LedgerGauge:
+    if not hasattr(app.state, "ledger_gauge"):
+        app.state.ledger_gauge = LedgerGauge(app.state.services.database)
+    gauge: LedgerGauge = app.state.ledger_gauge
+    return gauge
 
 
 async def _database_answers(services: ApiServices) -> bool:

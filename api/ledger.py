@@ -7,17 +7,25 @@ from uuid import UUID
 
 from fastapi import Query
 from pydantic import Field
+from starlette.requests import Request
+from temporalio.service import RPCError
 
 from api.models import ListOf, ResponseModel, Timestamp, omittable
 from api.queries import From, PageOf50, To, listed
-from api.route import Tx, make_router
+from api.responses import JsonResponse, respond
+from api.route import ApiServices, Tx, make_router
+from db.session import Transaction
+from db.tables import LedgerVerification
 from domain import limits
 from domain.errors import Problem, Refusal, bad_field
-from domain.ledger import queries, verify
+from domain.ids import new_id
+from domain.ledger import queries, verifications, verify
 from domain.ledger.books import ActionType, Bucket, EntityType
 from domain.ledger.queries import EntryFilter
+from domain.ledger.verifications import Status as VerificationStatus
 from domain.money import format_amount, parse_number
 from domain.pagination import Page
+from workflows.gateway import Gateway
 
 router = make_router("Ledger")
 
@@ -76,6 +84,23 @@ class VerificationOut(ResponseModel):
     head_sequence: int = Field(description="Sequence of the newest entry; 0 on an empty ledger.")
     head_hash: str = Field(description="Its hash; 64 zeros on an empty ledger.")
     checked_at: Timestamp
+
+
+class BackgroundVerificationOut(ResponseModel):
+    """A check of the whole chain in the background."""
+
+    verification_id: UUID = Field(description="For `GET /v1/ledger/verify/{id}`.")
+    organization_id: UUID
+    status: VerificationStatus = Field(
+        description="VALID and INVALID are results; an ABANDONED one was cancelled or lost before it had one."
+    )
+    valid: bool | None = Field(description="Every hash, sum, running balance and the head hold; null without a result.")
+    entries_checked: int = Field(description="So far, of `head_sequence`.")
+    head_sequence: int = Field(description="Sequence of the newest entry at the start: how far it goes.")
+    first_invalid_entry_id: UUID | None = Field(description="The first entry that fails; the check ends there.")
+    problem: str | None = Field(description="What is wrong, for people.")
+    started_at: Timestamp
+    finished_at: Timestamp | None
 
 
 class IntegrityOut(ResponseModel):
@@ -145,20 +170,39 @@ async def get_journal_entry(tx: Tx, id: UUID) -> EntryDetailOut:
     )
 
 
-@router.get("/ledger/verify", response_model=VerificationOut)
-async def verify_ledger(tx: Tx) -> VerificationOut:
-    """Check the whole hash chain from genesis, and every running balance; up to 100,000 entries."""
+@router.get(
+    "/ledger/verify",
+    response_model=VerificationOut,
+    responses={202: {"model": BackgroundVerificationOut, "description": "The chain is long: it is being checked."}},
+)
+async def verify_ledger(tx: Tx, request: Request) -> JsonResponse:
+    """Check the whole hash chain from genesis, and every running balance.
+
+    Above 100,000 entries it is checked in the background: 202 with a `verification_id`. One runs at a time, so a second
+    request answers with the one that runs.
+    """
     walk = await verify.verify_chain(tx)
-    return VerificationOut(
-        valid=walk.valid,
-        organization_id=walk.organization_id,
-        entries_checked=walk.entries_checked,
-        first_invalid_entry_id=walk.first_invalid_entry_id,
-        problem=walk.problem,
-        head_sequence=walk.head_sequence,
-        head_hash=walk.head_hash.hex(),
-        checked_at=tx.now,
+    if walk is None:
+        services: ApiServices = request.app.state.services
+        return respond(_present_record(await _verify_in_background(tx, services.gateway)), 202)
+    return respond(
+        VerificationOut(
+            valid=walk.valid,
+            organization_id=walk.organization_id,
+            entries_checked=walk.entries_checked,
+            first_invalid_entry_id=walk.first_invalid_entry_id,
+            problem=walk.problem,
+            head_sequence=walk.head_sequence,
+            head_hash=walk.head_hash.hex(),
+            checked_at=tx.now,
+        )
     )
+
+
+@router.get("/ledger/verify/{id}", response_model=BackgroundVerificationOut)
+async def get_verification(tx: Tx, id: UUID) -> BackgroundVerificationOut:
+    """Get a check of the whole chain that runs, or ran, in the background."""
+    return _present_record(await verifications.get(tx, id))
 
 
 @router.get("/reports/integrity", response_model=IntegrityOut)
@@ -181,6 +225,22 @@ async def report_integrity(
         first_invalid_entry_id=found.first_invalid_entry_id,
         checked_at=found.checked_at,
     )
+
+
+async def _verify_in_background(tx: Transaction, gateway: Gateway) -> LedgerVerification:
+    # The record is written in this transaction, so that a start that fails leaves none. A start whose answer was lost
+    # runs all the same, and writes its record by itself.
+    try:
+        verification_id = await gateway.start_verification(tx.organization_id, new_id())
+    except (RPCError, RuntimeError) as error:
+        message = "Temporal is out of reach; no verification was started"
+        raise Refusal("service_unavailable", message) from error
+    return await verifications.announce(tx, verification_id)
+
+
+def _present_record(record: LedgerVerification) -> BackgroundVerificationOut:
+    valid = {"VALID": True, "INVALID": False}.get(record.status)
+    return BackgroundVerificationOut.of(record, verification_id=record.id, valid=valid)
 
 
 def _require_at_most_one(**holders: UUID | str | None) -> None:

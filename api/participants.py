@@ -22,8 +22,9 @@ from api.queries import From, PageOf50, Search, SortDirection, To, listed
 from api.responses import JsonResponse, respond
 from api.route import Tx, make_router
 from db.tables import Participant
-from domain import participants
-from domain.ledger.balances import AssetBalance
+from domain import participants, state
+from domain.ledger import moments
+from domain.ledger.balances import AssetBalance, holder_balances_at
 from domain.participants import ParticipantDetail, ParticipantFilter, ParticipantStatus, StateChanges
 
 router = make_router("Participants")
@@ -193,13 +194,20 @@ async def set_participant_status(tx: Tx, id: UUID, body: StatusChange) -> Partic
 
 @router.get("/participants/{id}/balances", response_model=ListOf[BalanceRow])
 async def list_participant_balances(
-    tx: Tx, id: UUID, asset_id: Annotated[UUID | None, Query(description="Only this asset.")] = None
+    tx: Tx,
+    id: UUID,
+    asset_id: Annotated[UUID | None, Query(description="Only this asset.")] = None,
+    as_of: Annotated[
+        Timestamp | None, Query(description="The balances at this instant; one in the future means now.")
+    ] = None,
 ) -> ListOf[BalanceRow]:
-    """List balances per asset, split by bucket; assets never touched are absent."""
-    rows = [
-        BalanceRow.model_construct(**_buckets(balance), symbol=balance.symbol)
-        for balance in await participants.balances(tx, id, asset_id)
-    ]
+    """List balances per asset, split by bucket, now or at an instant; assets never touched are absent."""
+    if as_of is None:
+        found = await participants.balances(tx, id, asset_id)
+    else:
+        await state.require(tx, "participant", id)
+        found = await holder_balances_at(tx, id, await moments.at(tx, as_of), asset_id)
+    rows = [BalanceRow.model_construct(**_buckets(balance), symbol=balance.symbol) for balance in found]
     return ListOf[BalanceRow].model_construct(**whole_list(rows))
 
 

@@ -52,12 +52,15 @@ class Waker:
 
     async def _run(self, organization_id: UUID, program_id: UUID) -> None:
         wake = None
-        while wake is None or wake.again:
-            wake = self._wakes[program_id]
-            wake.again = False
-            await self._send(organization_id, program_id)
-            await asyncio.sleep(limits.WAKE_INTERVAL_MS / 1000)
-        del self._wakes[program_id]
+        try:
+            while wake is None or wake.again:
+                wake = self._wakes[program_id]
+                wake.again = False
+                await self._send(organization_id, program_id)
+                await asyncio.sleep(limits.WAKE_INTERVAL_MS / 1000)
+        finally:
+            # Whatever went wrong, the next event begins anew.
+            del self._wakes[program_id]
 
     async def _send(self, organization_id: UUID, program_id: UUID) -> None:
         try:
@@ -67,5 +70,7 @@ class Waker:
                 return
             self.sent += 1
             await self._gateway.wake_event_processing(organization_id, program_id, lane.program_name)
-        except (RPCError, RuntimeError, DatabaseUnavailable) as error:
+        except (RPCError, RuntimeError, DatabaseUnavailable, faults.InjectedFault) as error:
             logger.warning("event processing was not woken; its timer will: %s", error)
+        except Exception:
+            logger.exception("event processing was not woken; its timer will")

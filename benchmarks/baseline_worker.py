@@ -4,21 +4,38 @@ import asyncio
 import os
 import signal
 import sys
+from datetime import timedelta
 
-from temporalio import workflow
+from temporalio import activity, workflow
 from temporalio.client import Client
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
-WORKFLOW_NAME = "BenchmarkNoop"
+EMPTY_WORKFLOW = "BenchmarkEmpty"
+NOOP_WORKFLOW = "BenchmarkNoop"
 
 
-@workflow.defn(name=WORKFLOW_NAME)
-class Noop:
+@activity.defn
+async def noop() -> None:
+    """Do nothing, in the place where an event's effect would be."""
+
+
+@workflow.defn(name=EMPTY_WORKFLOW)
+class Empty:
     """Ends at once."""
 
     @workflow.run
     async def run(self) -> None:
         """Do nothing."""
+
+
+@workflow.defn(name=NOOP_WORKFLOW)
+class Noop:
+    """Has one activity that does nothing: the least that a workflow with an effect needs."""
+
+    @workflow.run
+    async def run(self) -> None:
+        """Run the activity."""
+        await workflow.execute_activity(noop, start_to_close_timeout=timedelta(seconds=30))
 
 
 async def serve(address: str, queue: str) -> None:
@@ -27,7 +44,8 @@ async def serve(address: str, queue: str) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     client = await Client.connect(address)
     # The sandbox costs time on every workflow; the baseline is to be as fast as it can be.
-    async with Worker(client, task_queue=queue, workflows=[Noop], workflow_runner=UnsandboxedWorkflowRunner()):
+    runner = UnsandboxedWorkflowRunner()
+    async with Worker(client, task_queue=queue, workflows=[Empty, Noop], activities=[noop], workflow_runner=runner):
         await stop.wait()
 
 

@@ -5,7 +5,7 @@ Each is one transaction that ends by sealing its entry with the commit, so the c
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 from uuid import UUID
@@ -18,13 +18,18 @@ from domain.ids import new_id
 from domain.ledger import movements
 from domain.ledger.books import Account, Books, Bucket, Entry, require
 from domain.ledger.holdings import load_holds, load_lots, load_oldest_holds
+from domain.ledger.holds import Hold
 from domain.ledger.journal import load_accounts, write
 from domain.ledger.lots import Part, Selection
 from domain.ledger.movements import Cause, HolderType, HoldTerms, Position
 from domain.locks import lock_groups, lock_participants, lock_programs
+from domain.money import ZERO
 
 AdjustType = Literal["CREDIT", "DEBIT"]
 Operation = Literal["HOLD", "RELEASE", "FORFEIT", "VOID_HOLD"]
+OnExpiry = Literal["RELEASE", "FORFEIT"]
+
+LOT_IDS_PER_CALL = 1_000
 
 _NEEDS_ACTIVE_PARTICIPANT = frozenset({"HOLD", "RELEASE"})
 _TAKES_NEW_VALUE = frozenset({"HOLD"})
@@ -56,8 +61,9 @@ class AdjustRequest:
 class OperationRequest:
     """A hold, release, forfeit or void-hold; `amount` is the decimal text as it was sent, None for all of it.
 
-    `bucket` is for forfeit; `lot_ids`, `earned_*` and `reference_id` for LOT assets; the end for hold. `hold_id` names
-    one hold (release and forfeit by id).
+    `bucket` is for forfeit; `lot_ids`, `earned_*` and `reference_id` for LOT assets. `hold_id` names the one hold to
+    release or forfeit, and the id that a new one gets. A new hold may have an end, as an instant or as a duration from
+    now (not both), and then `on_expiry`, by default RELEASE.
     """
 
     operation: Operation
@@ -72,8 +78,19 @@ class OperationRequest:
     earned_to: datetime | None = None
     hold_id: UUID | None = None
     expires_at: datetime | None = None
-    on_expiry: Literal["RELEASE", "FORFEIT"] | None = None
+    expires_in: timedelta | None = None
+    on_expiry: OnExpiry | None = None
     idempotency_key: str | None = None
+
+    @property
+    def has_end(self) -> bool:
+        """Whether the hold shall end by itself."""
+        return self.expires_at is not None or self.expires_in is not None
+
+    @property
+    def named_hold(self) -> UUID | None:
+        """The existing hold that a release or forfeit is about."""
+        return None if self.operation == "HOLD" else self.hold_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +174,12 @@ async def operate(tx: Transaction, holder: Holder, request: OperationRequest) ->
     """Hold, release, forfeit or void. Contract: holders.md 6.3 to 6.6.
 
     Raises Refusal: `bad_request`, `invalid_scale`, `not_found`, `idempotency_conflict`, `participant_inactive`,
-    `group_archived`, `program_inactive`, `asset_not_linked`, `asset_archived`, `insufficient_balance`, `conflict`.
+    `group_archived`, `program_inactive`, `asset_not_linked`, `asset_archived`, `insufficient_balance`, `conflict`,
+    `hold_not_active`.
     """
     terms = await gates.read_terms(tx, request.program_id, request.asset_id)
     amount = None if request.amount is None else terms.amount(request.amount)
-    _check_shape(terms, request, tx.now)
+    _check_shape(terms, request)
     entry_id, hold_id = new_id(), request.hold_id or new_id()
     operation = request.operation.lower()
     claim = await idempotency.claim(
@@ -175,6 +193,7 @@ async def operate(tx: Transaction, holder: Holder, request: OperationRequest) ->
     if claim.replayed:
         return await _replay(tx, holder, terms, claim.result)
 
+    hold_terms = _hold_terms(request, hold_id, tx.now)
     sources = await _void_sources(tx, holder, request) if request.operation == "VOID_HOLD" else []
     if terms.is_prefunded and sources:
         await lock_programs(tx, sources)
@@ -189,8 +208,11 @@ async def operate(tx: Transaction, holder: Holder, request: OperationRequest) ->
     position = _position(holder, terms)
     cause = Cause(entry_id, request.program_id, tx.now, request.description, reference_id=request.reference_id)
     selection = _selection(position, request, tx.now)
-    await _load(tx, books, position, request, selection, amount)
-    entry, parts = _OPERATIONS[request.operation](books, position, cause, request, selection, amount, hold_id, terms)
+    if request.named_hold is not None:
+        await load_holds(tx, books.holds, [request.named_hold])
+        _require_takeable(books.holds.get(request.named_hold), amount)
+    await _load(tx, books, position, selection, amount)
+    entry, parts = _OPERATIONS[request.operation](books, position, cause, request, selection, amount, hold_terms, terms)
     await write(tx, books)
     result = OperationResult(
         False,
@@ -199,7 +221,7 @@ async def operate(tx: Transaction, holder: Holder, request: OperationRequest) ->
         holder_balance(books, holder, terms),
         terms.scale,
         [(part.lot.id, part.amount) for part in parts] if terms.has_lots else None,
-        hold_id if request.operation == "HOLD" else request.hold_id,
+        hold_id if request.operation == "HOLD" else request.named_hold,
     )
     await idempotency.remember(tx, request.program_id, operation, request.idempotency_key, _remembered(result))
     return result
@@ -266,11 +288,9 @@ def _hold(
     request: OperationRequest,
     selection: Selection,
     amount: Decimal | None,
-    hold_id: UUID,
+    hold_terms: HoldTerms,
     terms: Terms,
 ) -> tuple[Entry, list[Part]]:
-    on_expiry = (request.on_expiry or "RELEASE") if request.expires_at else None
-    hold_terms = HoldTerms(hold_id, request.expires_at, on_expiry, "WORKFLOW" if request.expires_at else None)
     return movements.hold(books, position, cause, amount, hold_terms, selection)
 
 
@@ -281,10 +301,10 @@ def _release(
     request: OperationRequest,
     selection: Selection,
     amount: Decimal | None,
-    hold_id: UUID,
+    hold_terms: HoldTerms,
     terms: Terms,
 ) -> tuple[Entry, list[Part]]:
-    return movements.release(books, position, cause, amount, selection, only=request.hold_id)
+    return movements.release(books, position, cause, amount, selection, only=request.named_hold)
 
 
 def _forfeit(
@@ -294,11 +314,11 @@ def _forfeit(
     request: OperationRequest,
     selection: Selection,
     amount: Decimal | None,
-    hold_id: UUID,
+    hold_terms: HoldTerms,
     terms: Terms,
 ) -> tuple[Entry, list[Part]]:
     if request.bucket == "HELD":
-        return movements.forfeit_held(books, position, cause, amount, selection, only=request.hold_id)
+        return movements.forfeit_held(books, position, cause, amount, selection, only=request.named_hold)
     return movements.forfeit(books, position, cause, amount, selection)
 
 
@@ -309,7 +329,7 @@ def _void(
     request: OperationRequest,
     selection: Selection,
     amount: Decimal | None,
-    hold_id: UUID,
+    hold_terms: HoldTerms,
     terms: Terms,
 ) -> tuple[Entry, list[Part]]:
     programs = {lot.program_id for lot in books.lots.matching(selection)}
@@ -350,18 +370,13 @@ def _selection(position: Position, request: OperationRequest, now: datetime) -> 
         lot_ids=frozenset(request.lot_ids) if request.lot_ids is not None else None,
         earned_from=request.earned_from,
         earned_to=request.earned_to,
-        hold_id=request.hold_id,
+        hold_id=request.named_hold,
         only_provisional=request.operation == "VOID_HOLD",
     )
 
 
 async def _load(
-    tx: Transaction,
-    books: Books,
-    position: Position,
-    request: OperationRequest,
-    selection: Selection,
-    amount: Decimal | None,
+    tx: Transaction, books: Books, position: Position, selection: Selection, amount: Decimal | None
 ) -> None:
     if selection.status == "HELD":
         await _load_held(tx, books, position, selection, amount)
@@ -380,9 +395,7 @@ async def _load_held(
         if _names_lots(selection) and await _is_reserved(tx, selection):
             message = "value of a pending redemption is reserved: confirm or cancel the redemption instead"
             raise Refusal("conflict", message)
-    elif selection.hold_id is not None:
-        await load_holds(tx, books.holds, [selection.hold_id])
-    else:
+    elif selection.hold_id is None:
         await load_oldest_holds(tx, books.holds, position.holder_id, position.asset_id, amount)
 
 
@@ -411,19 +424,45 @@ async def _is_reserved(tx: Transaction, selection: Selection) -> bool:
 # --- shape, locks, results -------------------------------------------------------------------------------------------
 
 
-def _check_shape(terms: Terms, request: OperationRequest, now: datetime) -> None:
+def _check_shape(terms: Terms, request: OperationRequest) -> None:
     if not terms.has_lots:
         for field in ("lot_ids", "earned_from", "earned_to", "reference_id"):
             if getattr(request, field) is not None:
                 raise bad_field(field, "only LOT assets have lots to choose from", expected="absent")
         if request.operation == "VOID_HOLD":
             raise bad_field("asset_id", "only LOT assets have provisional value to void", expected="a LOT asset")
+    if request.operation == "VOID_HOLD":
+        for field in ("amount", "lot_ids", "earned_from", "earned_to"):
+            if getattr(request, field) is not None:
+                raise bad_field(field, "a void takes the whole accrual of the reference", expected="absent")
     if request.earned_from and request.earned_to and request.earned_to < request.earned_from:
         raise bad_field("earned_to", "must not be before earned_from", expected="timestamp")
-    if request.expires_at is None and request.on_expiry is not None:
+    if request.expires_at is not None and request.expires_in is not None:
+        raise bad_field("expires_in", "must not be sent together with expires_at", expected="absent")
+    if request.expires_in is not None and request.expires_in <= timedelta(0):
+        raise bad_field("expires_in", "must lie in the future", expected="a positive duration")
+    if request.on_expiry is not None and not request.has_end:
         raise bad_field("on_expiry", "needs expires_at or expires_in", expected="absent")
-    if request.expires_at is not None and request.expires_at <= now:
+
+
+def _hold_terms(request: OperationRequest, hold_id: UUID, now: datetime) -> HoldTerms:
+    """When the hold ends and how. Only a first use is judged by the clock: a replay may come after the end."""
+    end = request.expires_at if request.expires_in is None else now + request.expires_in
+    if end is None:
+        return HoldTerms(hold_id)
+    if end <= now:
         raise bad_field("expires_at", "must lie in the future", expected="a later timestamp")
+    return HoldTerms(hold_id, end, request.on_expiry or "RELEASE", "WORKFLOW")
+
+
+def _require_takeable(hold: Hold, amount: Decimal | None) -> None:
+    """Refuse to take `amount` of a hold that has ended, that a redemption owns, or of which less remains."""
+    if hold.kind == "REDEMPTION":
+        message = "the hold belongs to a redemption: confirm or cancel the redemption instead"
+        raise Refusal("conflict", message)
+    if hold.status != "ACTIVE":
+        raise Refusal("hold_not_active", f"hold is {hold.status}")
+    require(hold.remaining, amount or ZERO, what="remaining amount of the hold")
 
 
 async def _lock(tx: Transaction, holder: Holder) -> Mapping[str, Any] | None:
@@ -495,7 +534,8 @@ def _operation_payload(holder: Holder, request: OperationRequest, amount: Decima
         "lot_ids": sorted(map(str, request.lot_ids)) if request.lot_ids is not None else None,
         "earned_from": request.earned_from,
         "earned_to": request.earned_to,
-        "hold_id": request.hold_id,
+        "hold_id": request.named_hold,
         "expires_at": request.expires_at,
-        "on_expiry": request.on_expiry,
+        "expires_in": request.expires_in and str(request.expires_in),
+        "on_expiry": (request.on_expiry or "RELEASE") if request.has_end else None,
     }

@@ -82,7 +82,10 @@ def loads(body: bytes | str) -> Any:
         message = f"malformed JSON: {error.msg} at line {error.lineno} column {error.colno}"
         raise JsonError("body", message) from None
     except RecursionError:
-        raise JsonError("body", f"nested deeper than {limits.BODY_DEPTH}") from None
+        raise _too_deep() from None
+    # Only so many brackets can nest too deep; a flat body is spared the look.
+    if text.count("{") + text.count("[") > limits.BODY_DEPTH and depth(value) > limits.BODY_DEPTH:
+        raise _too_deep()
     # Escapes are the only way for NUL characters and lone surrogates to get past the UTF-8 decoder.
     if parser.flawed or "\\u" in text:
         for path, problem in _flaws(value):
@@ -100,6 +103,10 @@ def depth(value: Any) -> int:
             deepest = max(deepest, level)
             stack.extend((child, level + 1) for child in children)
     return deepest
+
+
+def _too_deep() -> JsonError:
+    return JsonError("body", f"nested deeper than {limits.BODY_DEPTH}")
 
 
 def _flaws(value: Any) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import psycopg
 
-from drills.audit import progress_of, prove, settled
+from drills.audit import moved_on, progress_of, prove, settled
 from drills.case import Broken, Case, Drill, Finding, Say, Sizes
 from drills.client import Client, client_of
 from drills.platform import Platform
@@ -16,7 +16,6 @@ from drills.workload import Program, Sent, make_events, make_program, offer
 
 SLICE_EVENTS = 600
 BACKLOG_EVENTS = 2_000
-RECOVERY_LIMIT_S = 240.0
 
 
 async def run(platform: Platform, sizes: Sizes, say: Say) -> Finding:
@@ -39,11 +38,11 @@ async def run(platform: Platform, sizes: Sizes, say: Say) -> Finding:
             for number, (victim, kill) in enumerate(kills, start=1):
                 mark = len(events) * number // (len(kills) + 1)
                 say(f"waiting for event {mark} to kill {victim}")
-                await _progressed(platform, program, mark)
+                await moved_on(platform, program.id, mark)
                 killed_at = time.monotonic()
                 await asyncio.to_thread(kill)
                 say(f"killed {victim}, waiting for events to be processed again")
-                await _progressed(platform, program, mark + BACKLOG_EVENTS // 10, after=killed_at + 1)
+                await moved_on(platform, program.id, mark + BACKLOG_EVENTS // 10, after=killed_at + 1)
                 recovered_s.append(time.monotonic() - killed_at)
         say("waiting for the last event")
         await settled(platform, program.id)
@@ -67,18 +66,6 @@ async def _caught_up(platform: Platform, program: Program) -> None:
     progress = None
     while progress is None or progress.waiting > BACKLOG_EVENTS:
         progress = await progress_of(platform, program.id)
-        await asyncio.sleep(0.1)
-
-
-async def _progressed(platform: Platform, program: Program, done: int, after: float = 0.0) -> None:
-    """Wait until `done` events have ended, looked at later than the instant `after`. Raises Broken."""
-    deadline = time.monotonic() + RECOVERY_LIMIT_S
-    while True:
-        progress = await progress_of(platform, program.id)
-        if progress is not None and progress.done >= done and time.monotonic() > after:
-            return
-        if time.monotonic() > deadline:
-            raise Broken(f"no recovery within {RECOVERY_LIMIT_S:.0f} s: {progress}, wanted {done}")
         await asyncio.sleep(0.1)
 
 

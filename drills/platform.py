@@ -107,6 +107,7 @@ class Platform:
     organization_id: UUID
     api_key: str
     api_url: str
+    temporal_address: str
     owner_url: str
     superuser_url: str
 
@@ -198,6 +199,7 @@ async def _start(home: Path, started: list[Process]) -> Platform:
         organization_id=organization_id,
         api_key=api_key,
         api_url=f"{url}/v1",
+        temporal_address=temporal.address,
         owner_url=postgres.owner_url,
         superuser_url=postgres.superuser_url,
     )

@@ -93,6 +93,14 @@ class EmbeddedPostgres:
         """URL of the `scrip` database as the application's role."""
         return self._url(APP)
 
+    @property
+    def pid(self) -> int:
+        """The pid of the running server."""
+        assert self._process is not None, "started"
+        pid = self._process.pid
+        assert pid is not None, "running"
+        return pid
+
     def start(self) -> None:
         """Run the server until `stop`; returns once roles and database are there. Raises StartupProblem."""
         self._process = ChildProcess(self.prepare(), self._log)

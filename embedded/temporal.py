@@ -48,6 +48,14 @@ class EmbeddedTemporal:
         """URL of the web UI."""
         return f"http://{LOOPBACK}:{self.ui_port}"
 
+    @property
+    def pid(self) -> int:
+        """The pid of the running server."""
+        assert self._process is not None, "started"
+        pid = self._process.pid
+        assert pid is not None, "running"
+        return pid
+
     def start(self) -> None:
         """Run the server until `stop`; returns once the namespace answers. Raises StartupProblem."""
         self._process = ChildProcess(self.prepare(), self._log)

@@ -1,22 +1,19 @@
 """The servers of a test run: each is started by the first worker that needs it and lives until the last is done."""
 
-import fcntl
-import json
-import os
 import secrets
-import time
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-import psutil
 import psycopg
 from psycopg import sql
 
 from embedded.postgres import OWNER, EmbeddedPostgres
 from embedded.temporal import EmbeddedTemporal
+from tests.shared import shared
 
 TEMPLATE = "scrip"
 
@@ -44,17 +41,13 @@ class Postgres:
 def shared_postgres(directory: Path, migrate: Callable[[str], None]) -> Iterator[Postgres]:
     """The Postgres of the run that shares `directory`."""
 
-    @contextmanager
-    def start() -> Iterator[dict[str, str]]:
+    def start() -> tuple[int, dict[str, str]]:
         server = EmbeddedPostgres(directory / "postgres", durable=False)
         server.start()
-        try:
-            migrate(server.owner_url)
-            yield asdict(Postgres(server.superuser_url, server.owner_url, server.app_url))
-        finally:
-            server.stop()
+        migrate(server.owner_url)
+        return server.pid, asdict(Postgres(server.superuser_url, server.owner_url, server.app_url))
 
-    with _shared(directory, "postgres", start) as urls:
+    with shared(directory / "postgres-shared", start, signal.SIGINT) as urls:
         yield Postgres(**urls)
 
 
@@ -62,65 +55,13 @@ def shared_postgres(directory: Path, migrate: Callable[[str], None]) -> Iterator
 def shared_temporal(directory: Path) -> Iterator[str]:
     """The address of the Temporal server of the run that shares `directory`."""
 
-    @contextmanager
-    def start() -> Iterator[dict[str, str]]:
+    def start() -> tuple[int, dict[str, str]]:
         server = EmbeddedTemporal(directory / "temporal")
         server.start()
-        try:
-            yield {"address": server.address}
-        finally:
-            server.stop()
+        return server.pid, {"address": server.address}
 
-    with _shared(directory, "temporal", start) as found:
+    with shared(directory / "temporal-shared", start, signal.SIGTERM) as found:
         yield found["address"]
-
-
-@contextmanager
-def _shared(
-    directory: Path, name: str, start: Callable[[], AbstractContextManager[dict[str, str]]]
-) -> Iterator[dict[str, str]]:
-    """What `start` yields in whichever process comes first; that process keeps it until nobody uses it any more."""
-    state = directory / f"{name}.json"
-    with ExitStack() as started:
-        with _locked(directory, name):
-            if state.exists():
-                record = json.loads(state.read_text())
-            else:
-                record = {"facts": started.enter_context(start()), "keeper": os.getpid(), "users": []}
-            state.write_text(json.dumps({**record, "users": [*record["users"], os.getpid()]}))
-        try:
-            yield record["facts"]
-        finally:
-            _leave(directory, name)
-            if record["keeper"] == os.getpid():
-                _wait_for_others(directory, name)
-
-
-def _leave(directory: Path, name: str) -> None:
-    state = directory / f"{name}.json"
-    with _locked(directory, name):
-        record = json.loads(state.read_text())
-        record["users"].remove(os.getpid())
-        state.write_text(json.dumps(record))
-
-
-def _wait_for_others(directory: Path, name: str) -> None:
-    """Wait until no live process uses the server; from then on a newcomer starts another one."""
-    state = directory / f"{name}.json"
-    while True:
-        with _locked(directory, name):
-            users = json.loads(state.read_text())["users"]
-            if not any(psutil.pid_exists(pid) for pid in users):
-                state.unlink()
-                return
-        time.sleep(0.1)
-
-
-@contextmanager
-def _locked(directory: Path, name: str) -> Iterator[None]:
-    with (directory / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _with_database(url: str, name: str) -> str:

@@ -6,7 +6,7 @@ an idle minute; the next wake starts it anew (signal-with-start).
 """
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from uuid import UUID
 
 from temporalio import workflow
@@ -70,7 +70,7 @@ class EventProcessing:
             # An order that came during the drain is carried out first: the next run would know nothing of it.
             if self._pause is None and workflow.info().is_continue_as_new_suggested():
                 workflow.continue_as_new(request)
-            if not await self._wait_for_work(report.next_due_at):
+            if not await self._wait_for_work(report):
                 return
 
     async def _obey(self) -> None:
@@ -99,10 +99,17 @@ class EventProcessing:
             ),
         )
 
-    async def _wait_for_work(self, next_due_at: datetime | None) -> bool:
-        """Wait for a wake or for the next due event; False after an idle minute."""
+    async def _wait_for_work(self, report: DrainReport) -> bool:
+        """Wait for a wake or for the next due event; False after an idle minute.
+
+        A paused program's workflow stays, so that there is something to send `resume` to.
+        """
         if self._has_work():
             return True
+        if report.is_paused:
+            await workflow.wait_condition(self._has_work)
+            return True
+        next_due_at = report.next_due_at
         wait = IDLE_LIMIT if next_due_at is None else max(next_due_at - workflow.now(), timedelta(0))
         if next_due_at is not None and wait == timedelta(0):
             return True

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from uuid import UUID
@@ -9,27 +10,19 @@ from uuid import UUID
 import temporalio.api.enums.v1
 import temporalio.api.operatorservice.v1
 from temporalio.client import Client
-from temporalio.common import (
-    SearchAttributeKey,
-    SearchAttributePair,
-    TypedSearchAttributes,
-    WorkflowIDReusePolicy,
-)
+from temporalio.common import SearchAttributePair, TypedSearchAttributes, WorkflowIDReusePolicy
 from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
 from domain import limits
 from settings import Settings
-from workflows import queues
+from workflows import ledger_verification, queues
 from workflows.event_processing import EventProcessing, EventProcessingInput, workflow_id
+from workflows.ledger_verification import LedgerVerification, VerificationInput
+from workflows.search_attributes import ORGANIZATION, PROGRAM, SEARCH_ATTRIBUTES
 
 logger = logging.getLogger("scrip.temporal")
-
-ORGANIZATION = SearchAttributeKey.for_keyword("ScripOrganization")
-PROGRAM = SearchAttributeKey.for_keyword("ScripProgram")
-PARTICIPANT = SearchAttributeKey.for_keyword("ScripParticipant")
-STATUS = SearchAttributeKey.for_keyword("ScripStatus")
-SEARCH_ATTRIBUTES = (ORGANIZATION, PROGRAM, PARTICIPANT, STATUS)
 
 
 async def connect(settings: Settings, *, lazy: bool = False) -> Client:
@@ -56,7 +49,8 @@ class Gateway:
         self._client: Client | None = None
         self._timeout = timedelta(seconds=timeout_s)
         self._open_calls = asyncio.Semaphore(limits.OPEN_TEMPORAL_CALLS)
-        self._searchable: bool | None = None
+        self._searchable = False
+        self._ask_again_at = 0.0
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Gateway":
@@ -88,6 +82,33 @@ class Gateway:
                 rpc_timeout=self._timeout,
             )
 
+    async def start_verification(self, organization_id: UUID, verification_id: UUID) -> UUID:
+        """Start the organization's LedgerVerification; the id of the verification that runs now.
+
+        That is `verification_id`, or another one that was started before and hasn't ended.
+        Raises RPCError when Temporal is out of reach.
+        """
+        async with self._open_calls:
+            client = await self.client()
+            try:
+                await client.start_workflow(
+                    LedgerVerification.run,
+                    VerificationInput(organization_id, verification_id),
+                    id=ledger_verification.workflow_id(organization_id),
+                    task_queue=queues.LEDGER,
+                    id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+                    memo={ledger_verification.MEMO_ID: str(verification_id)},
+                    static_summary="Verification of the whole ledger",
+                    search_attributes=await self._attributes(client, organization_id),
+                    priority=ledger_verification.priority(organization_id),
+                    rpc_timeout=self._timeout,
+                )
+            except WorkflowAlreadyStartedError:
+                handle = client.get_workflow_handle(ledger_verification.workflow_id(organization_id))
+                description = await handle.describe(rpc_timeout=self._timeout)
+                return UUID(await description.memo_value(ledger_verification.MEMO_ID))
+        return verification_id
+
     async def is_reachable(self) -> bool:
         """Whether Temporal answers."""
         try:
@@ -96,14 +117,22 @@ class Gateway:
         except (RPCError, RuntimeError):
             return False
 
-    async def _attributes(self, client: Client, organization_id: UUID, program_id: UUID) -> TypedSearchAttributes:
-        if self._searchable is None:
-            self._searchable = await has_search_attributes(client)
-        if not self._searchable:
+    async def _attributes(
+        self, client: Client, organization_id: UUID, program_id: UUID | None = None
+    ) -> TypedSearchAttributes:
+        if not await self._is_searchable(client):
             return TypedSearchAttributes.empty
-        return TypedSearchAttributes(
-            [SearchAttributePair(ORGANIZATION, str(organization_id)), SearchAttributePair(PROGRAM, str(program_id))]
-        )
+        pairs = [SearchAttributePair(ORGANIZATION, str(organization_id))]
+        if program_id is not None:
+            pairs.append(SearchAttributePair(PROGRAM, str(program_id)))
+        return TypedSearchAttributes(pairs)
+
+    async def _is_searchable(self, client: Client) -> bool:
+        """Whether search attributes can be set; a no, or a server that didn't say, is asked again after a minute."""
+        if not self._searchable and time.monotonic() >= self._ask_again_at:
+            self._ask_again_at = time.monotonic() + 60
+            self._searchable = await has_search_attributes(client)
+        return self._searchable
 
 
 async def has_search_attributes(client: Client) -> bool:

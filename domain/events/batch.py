@@ -44,19 +44,22 @@ async def process_batch(
     limit: int,
     retries: RetryPolicy,
     poison: str | None = None,
+    only: UUID | None = None,
 ) -> BatchResult:
     """Process up to `limit` due events of a program in one transaction; zero events when none is due.
 
     With `poison` the events are not applied but end FAILED with that message: it is what happens to the one event of a
-    batch that cannot be processed at all. Raises what the database raises; then nothing of the batch has happened.
+    batch that cannot be processed at all. With `only` the batch is that event alone, and nothing when it isn't the next
+    one any more: another attempt has taken it, or a wait has ended meanwhile. Raises what the database raises; then
+    nothing of the batch has happened.
     """
     async with database.transaction(organization_id) as tx:
         await _take_lane(tx, program_id)
         program = await _program(tx, program_id)
         if program is None or program["processing_paused"]:
             return BatchResult()
-        events = await _due_events(tx, program_id, limit)
-        if not events:
+        events = await _due_events(tx, program_id, limit if only is None else 1)
+        if not events or (only is not None and events[0].id != only):
             return BatchResult()
         if poison is not None:
             await _write_events(tx, [Outcome(event, "FAILED", error=poison) for event in events], retries)
@@ -114,16 +117,23 @@ async def withdraw_start(database: Database, organization_id: UUID, event_id: UU
         )
 
 
-async def next_due(database: Database, organization_id: UUID, program_id: UUID) -> datetime | None:
-    """When the program's next event falls due: None when nothing waits or the program is paused."""
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a program's queue holds in store: `next_due_at` is None when nothing waits."""
+
+    next_due_at: datetime | None
+    is_paused: bool
+
+
+async def outlook(database: Database, organization_id: UUID, program_id: UUID) -> Outlook:
+    """When the program's next event falls due, now included, and whether it would be processed then."""
     async with database.transaction(organization_id) as tx:
         program = await _program(tx, program_id)
         if program is None or program["processing_paused"]:
-            return None
+            return Outlook(None, is_paused=program is not None)
         row = await (await tx.execute(_NEXT_DUE, (organization_id, program_id) * 2)).fetchone()
         assert row is not None
-        due: datetime | None = tx.now if row[0] else row[1]
-        return due
+        return Outlook(tx.now if row[0] else row[1], is_paused=False)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

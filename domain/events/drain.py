@@ -19,7 +19,7 @@ from psycopg.errors import UniqueViolation
 
 from db.session import REPEATABLE, Database, DatabaseUnavailable
 from domain import faults, limits
-from domain.events.batch import BatchResult, mark_started, next_due, process_batch, withdraw_start
+from domain.events.batch import BatchResult, mark_started, outlook, process_batch, withdraw_start
 from domain.events.retries import RetryPolicy
 
 logger = logging.getLogger("scrip.events")
@@ -37,6 +37,7 @@ class DrainResult:
     completed: int
     failed: int
     next_due_at: datetime | None
+    is_paused: bool
 
 
 async def drain(
@@ -72,8 +73,8 @@ async def drain(
     await _promise(database, organization_id, program_id, for_s=None)
     await faults.reach("drain.withdrawn")
     await queue.process()
-    due = await next_due(database, organization_id, program_id)
-    return DrainResult(queue.events, queue.completed, queue.failed, due)
+    ahead = await outlook(database, organization_id, program_id)
+    return DrainResult(queue.events, queue.completed, queue.failed, ahead.next_due_at, ahead.is_paused)
 
 
 class _Queue:
@@ -96,6 +97,7 @@ class _Queue:
         Raises what is wrong with the database, for Temporal to repeat the drain: an outage is never charged to events.
         """
         if self.cautious_events > 0:
+            self.cautious_events -= 1
             return await self._process_cautiously()
         limit = self._limit
         while True:
@@ -106,44 +108,44 @@ class _Queue:
                 raise
             except Exception as error:
                 # Something about these events themselves: halve until it is one event that can be told apart.
-                if limit == 1:
-                    return await self._give_up(error)
                 logger.warning("a batch of %d events failed, halving it: %s", limit, error)
                 limit //= 2
+                if limit <= 1:
+                    return await self._process_cautiously()
                 continue
             self._adapt(result.events, (time.monotonic() - started) * 1000)
             return self._count(result)
 
     async def _process_cautiously(self) -> int:
-        self.cautious_events -= 1
+        """Process the next event alone, marked; what goes wrong is charged to that event and to no other."""
         begun = await mark_started(self._database, self._organization_id, self._program_id)
         if begun is None:
             return 0
         if begun.starts > limits.LOST_STARTS:
-            return await self._give_up(f"processing brought its worker down {limits.LOST_STARTS} times")
+            return await self._give_up(begun.event_id, f"processing brought its worker down {limits.LOST_STARTS} times")
         try:
-            return self._count(await self._batch(1))
+            return self._count(await self._batch(1, only=begun.event_id))
         except TRANSIENT as error:
             # A conflict that comes back for one event alone is no conflict with anybody else.
             if isinstance(error, UniqueViolation):
-                return await self._give_up(error)
+                return await self._give_up(begun.event_id, error)
             # The worker is alive, so this start is none of those that count.
             with contextlib.suppress(*TRANSIENT):
                 await withdraw_start(self._database, self._organization_id, begun.event_id)
             raise
         except Exception as error:
-            return await self._give_up(error)
+            return await self._give_up(begun.event_id, error)
 
-    async def _give_up(self, cause: Exception | str) -> int:
-        """End the next due event FAILED: it can't be processed, whatever else is in its batch."""
+    async def _give_up(self, event_id: UUID, cause: Exception | str) -> int:
+        """End this event FAILED: it can't be processed, whatever else is in its batch."""
         if isinstance(cause, Exception):
             logger.error("an event cannot be processed", exc_info=cause)
             cause = f"processing failed: {type(cause).__name__}"
-        return self._count(await self._batch(1, poison=cause))
+        return self._count(await self._batch(1, poison=cause, only=event_id))
 
-    async def _batch(self, limit: int, poison: str | None = None) -> BatchResult:
+    async def _batch(self, limit: int, *, poison: str | None = None, only: UUID | None = None) -> BatchResult:
         return await process_batch(
-            self._database, self._organization_id, self._program_id, limit, self._retries, poison
+            self._database, self._organization_id, self._program_id, limit, self._retries, poison, only
         )
 
     def _count(self, result: BatchResult) -> int:

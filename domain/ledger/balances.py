@@ -3,9 +3,13 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import groupby
+from operator import itemgetter
 from uuid import UUID
 
 from db.session import Transaction
+from domain.ledger import moments
+from domain.ledger.moments import Mark, Moment, Position
 from domain.money import add, format_amount
 
 # The newest posting comes from the unique index on (organization_id, account_id, version desc), one probe per account.
@@ -27,14 +31,27 @@ group by a.entity_id, a.asset_id, s.symbol, s.scale
 order by a.entity_id, lower(s.symbol)
 """
 
-# No account knows its programs: this walks every posting of the holder and looks up its entry.
-_PROGRAM_TOTALS = """
-select a.asset_id, s.scale, sum(p.amount) as amount
+_ACCOUNTS = """
+select a.id, a.asset_id, a.bucket, s.symbol, s.scale
 from account a
-join posting p on p.organization_id = a.organization_id and p.account_id = a.id
-join journal_entry e on e.organization_id = p.organization_id and e.id = p.entry_id
 join asset s on s.organization_id = a.organization_id and s.id = a.asset_id
-where a.organization_id = %(organization_id)s and a.entity_id = %(entity_id)s and e.program_id = %(program_id)s
+where a.organization_id = %(organization_id)s and a.entity_id = %(entity_id)s
+    and (%(asset_id)s::uuid is null or a.asset_id = %(asset_id)s)
+order by lower(s.symbol)
+"""
+
+# An account doesn't know its programs: every posting of the holder is looked at, account by account, with its entry.
+_PROGRAM_TOTALS = """
+select a.asset_id, s.scale, sum(t.amount) as amount
+from account a
+cross join lateral (
+    select sum(p.amount) as amount
+    from posting p
+    join journal_entry e on e.organization_id = p.organization_id and e.id = p.entry_id
+    where p.organization_id = a.organization_id and p.account_id = a.id and e.program_id = %(program_id)s
+) t
+join asset s on s.organization_id = a.organization_id and s.id = a.asset_id
+where a.organization_id = %(organization_id)s and a.entity_id = %(entity_id)s and t.amount is not null
 group by a.asset_id, s.scale, s.symbol
 order by lower(s.symbol)
 """
@@ -82,6 +99,22 @@ async def holder_balances(
     """The balances of these holders, by holder and symbol; assets that a holder never touched are absent."""
     params = {"organization_id": tx.organization_id, "entity_ids": list(entity_ids), "asset_id": asset_id}
     return [AssetBalance(**row) for row in await tx.rows(_BALANCES, params)]
+
+
+async def holder_balances_at(
+    tx: Transaction, entity_id: UUID, moment: Moment, asset_id: UUID | None = None
+) -> list[AssetBalance]:
+    """What `holder_balances` answered at `moment`: assets that the holder first touched later are absent."""
+    params = {"organization_id": tx.organization_id, "entity_id": entity_id, "asset_id": asset_id}
+    accounts = await tx.rows(_ACCOUNTS, params)
+    marks = await moments.marks(tx, [account["id"] for account in accounts], [Position(moment.sequence)])
+    balances = []
+    for (asset, symbol, scale), group in groupby(accounts, key=itemgetter("asset_id", "symbol", "scale")):
+        held = {account["bucket"]: marks[account["id"]][0] for account in group}
+        if any(mark.version > 0 for mark in held.values()):
+            buckets = (held.get(bucket, Mark()).balance for bucket in ("AVAILABLE", "HELD", "DEFERRED"))
+            balances.append(AssetBalance(entity_id, asset, symbol, scale, *buckets))
+    return balances
 
 
 async def holder_totals(tx: Transaction, entity_id: UUID, program_id: UUID | None = None) -> list[AssetTotal]:

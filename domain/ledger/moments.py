@@ -45,7 +45,7 @@ with recursive span (account_id, n, sequence, ordinal, low, high, middle) as (
         where organization_id = %(organization_id)s and account_id = a.id
         order by version desc limit 1
     ) newest
-    cross join unnest(%(sequences)s::bigint[], %(ordinals)s::int[]) with ordinality b (sequence, ordinal, n)
+    cross join unnest(%(sequences)s::bigint[], %(ordinals)s::bigint[]) with ordinality b (sequence, ordinal, n)
     union all
     select account_id, n, sequence, ordinal, low, high, (low + high) / 2
     from (

@@ -27,14 +27,15 @@ order by started_at desc, id desc limit 1
 """
 
 
-async def announce(tx: Transaction, verification_id: UUID, head_sequence: int) -> LedgerVerification:
-    """The record of this verification, made if it isn't there yet; `head_sequence` is how far it is to go."""
+async def announce(tx: Transaction, verification_id: UUID) -> LedgerVerification:
+    """The record of this verification, made if it isn't there yet: RUNNING, with nothing checked."""
+    walk = await begin_walk(tx)
     record = LedgerVerification(
         organization_id=tx.organization_id,
         id=verification_id,
         status="RUNNING",
         entries_checked=0,
-        head_sequence=head_sequence,
+        head_sequence=walk.head_sequence,
         started_at=tx.now,
     )
     await tx.run(insert(LedgerVerification).values(record.model_dump()).on_conflict_do_nothing())
@@ -56,7 +57,7 @@ async def begin(tx: Transaction, verification_id: UUID) -> Walk:
         )
         .values(status="ABANDONED", finished_at=tx.now)
     )
-    await announce(tx, verification_id, walk.head_sequence)
+    await announce(tx, verification_id)
     await note(tx, verification_id, walk)
     return walk
 

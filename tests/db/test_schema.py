@@ -1,5 +1,6 @@
 """The schema keeps its own rules: it equals the tables in code, and every tenant table is fenced."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,21 @@ def test_the_application_cannot_write_into_another_organization(
                 "insert into tag (organization_id, entity_id, tag, created_at) values (%s, %s, 'x', now())",
                 (other.id, other.id),
             )
+
+
+def test_a_key_names_its_own_organization_whatever_the_plan(
+    postgres: Postgres, owner: psycopg.Connection[Any], new_organization: Any
+) -> None:
+    tenants = [new_organization() for _ in range(60)]
+    owner.execute("analyze organization")
+    owner.execute("analyze api_key")
+    for setting in ("", "set enable_indexscan = off; set enable_bitmapscan = off"):
+        with psycopg.connect(postgres.app_url, autocommit=True) as connection:
+            if setting:
+                connection.execute(setting)
+            for tenant in tenants[::10]:
+                with connection.transaction():
+                    key_hash = hashlib.sha256(tenant.api_key.encode()).digest()
+                    found = connection.execute("select organization_id from login(%s)", (key_hash,)).fetchone()
+                    assert found == (tenant.id,)
+                    assert connection.execute("select current_org()").fetchone() == (tenant.id,)

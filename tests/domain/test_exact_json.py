@@ -45,6 +45,7 @@ def test_a_number_comes_back_digit_by_digit(number: str) -> None:
         (b'{"a":1e-65}', "a"),
         (b'{"a":1e99999999999}', "a"),
         (b"[" * 100_000, "body"),
+        (b"[" * 65 + b"]" * 65, "body"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_by_name(body: bytes, field: str) -> None:
@@ -56,6 +57,10 @@ def test_what_cannot_be_kept_is_refused_by_name(body: bytes, field: str) -> None
 @given(values)
 def test_everything_else_is_what_json_says_it_is(value: Any) -> None:
     assert exact_json.loads(json.dumps(value)) == value
+
+
+def test_64_levels_are_taken() -> None:
+    assert exact_json.depth(exact_json.loads("[" * 64 + "]" * 64)) == 64
 
 
 def test_depth_counts_containers_and_survives_any_nesting() -> None:

@@ -31,8 +31,7 @@ begin
     foreach tenant_table in array array['holder_group', 'group_member', 'lot', 'lot_change', 'hold', 'hold_change',
                                         'system_checkpoint', 'ledger_verification']
     loop
-        execute format('alter table %I enable row level security', tenant_table);
-        execute format('create policy tenant on %I using (organization_id = current_org())', tenant_table);
+        perform fence(tenant_table, 'organization_id');
     end loop;
 end $$;
 

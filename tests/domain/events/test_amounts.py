@@ -11,6 +11,7 @@ from uuid import UUID
 import pytest
 
 from domain import wallet
+from domain.events.queries import retry
 from domain.events.retries import RetryPolicy
 from domain.wallet import WalletRequest
 from tests.conftest import SettableClock
@@ -256,8 +257,6 @@ async def test_the_waits_are_2_4_8_16_seconds_and_the_fifth_attempt_is_the_last(
 
 
 async def test_a_retry_by_hand_starts_the_count_afresh(program: EventProgram, clock: SettableClock) -> None:
-    from domain.events.queries import retry
-
     clock.set("2026-03-01T12:00:00Z")
     points = await program.asset()
     await program.rule("true", debit(points, "1"))

@@ -17,6 +17,7 @@ from db.session import DatabaseUnavailable
 from domain import faults, limits
 from domain.events import batch
 from domain.events.drain import DrainResult, drain, lane_of, programs_with_events_due_at
+from domain.events.queries import retry
 from domain.events.retries import RetryPolicy
 from domain.locks import lock_participants
 from tests.conftest import SettableClock
@@ -164,8 +165,6 @@ async def test_a_poisoned_event_ends_failed_and_all_others_complete(program: Eve
 
 @pytest.mark.usefixtures("poison")
 async def test_a_poisoned_event_can_be_retried(program: EventProgram, monkeypatch: pytest.MonkeyPatch) -> None:
-    from domain.events.queries import retry
-
     event = await program.send(poison=True)
     await drained(program)
     monkeypatch.undo()

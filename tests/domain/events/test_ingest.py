@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from domain.errors import Refusal
-from domain.events.ingest import Accepted, NewEvent
+from domain.events.ingest import Accepted, NewEvent, ingest
 from domain.ids import event_id, new_id
 from tests.events_support import EventProgram, credit
 
@@ -252,8 +252,6 @@ async def test_of_two_payloads_under_one_key_exactly_one_wins(program: EventProg
 
 async def test_a_client_whose_transaction_is_lost_leaves_the_key_free(program: EventProgram) -> None:
     """The second sender waits for the first, which then fails: the event is the second's."""
-    from domain.events.ingest import ingest
-
     event: NewEvent = program.event(key="k")
     stored, lost = asyncio.Event(), asyncio.Event()
 

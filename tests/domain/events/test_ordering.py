@@ -1,7 +1,10 @@
 """In which order events take effect. Contract: rules-and-events.md 7.7."""
 
+from datetime import UTC, datetime
+
 import pytest
 
+from domain import faults
 from domain.events.control import set_paused
 from domain.events.ingest import Accepted
 from domain.events.retries import RetryPolicy
@@ -30,8 +33,6 @@ async def test_items_of_a_batch_count_as_accepted_in_input_order(program: EventP
 
 
 async def test_nothing_is_reordered_by_the_time_of_the_event(program: EventProgram) -> None:
-    from datetime import UTC, datetime
-
     await program.rule("true", attribute("trail", 'get(participant.attributes, "trail", "") + event.step'))
 
     years = {"a": 2999, "b": 1970, "c": 2025, "d": 9999, "e": 1}
@@ -44,8 +45,6 @@ async def test_nothing_is_reordered_by_the_time_of_the_event(program: EventProgr
 
 
 async def test_an_event_in_the_future_is_processed_at_once(program: EventProgram) -> None:
-    from datetime import UTC, datetime
-
     (accepted,) = await program.ingest([program.event(at=datetime(2999, 1, 1, tzinfo=UTC))])
     await program.settle()
 
@@ -120,8 +119,6 @@ async def test_events_accepted_before_the_program_stopped_being_active_are_proce
 
 
 async def test_a_batch_is_all_or_nothing(program: EventProgram) -> None:
-    from domain import faults
-
     points = await program.asset()
     await program.rule("true", credit(points, "1"), counter("n", "1"))
     events = [await program.send(who) for who in ("alice", "bob", "alice")]

@@ -9,6 +9,7 @@ from uuid import UUID
 import pytest
 
 from db.session import Database
+from domain.events.queries import retry
 from domain.ids import new_id
 from tests.conftest import Tenant
 from tests.events_support import (
@@ -131,8 +132,6 @@ async def test_a_participant_that_an_event_creates_stays_though_the_event_fails(
 
 
 async def test_a_rejected_event_can_be_retried_once_the_participant_exists(strict: EventProgram) -> None:
-    from domain.events.queries import retry
-
     await strict.rule("true", tag("seen"))
     event = await strict.run("late")
     assert event.status == "FAILED"

@@ -13,11 +13,10 @@ import httpx
 import pytest
 
 from db.session import Database
-from domain import balances, limits, participants, state, wallet
-from domain.balances import AdjustRequest, Holder
-from domain.errors import Refusal
+from domain import limits, participants, state, wallet
 from domain.events.drain import drain
 from domain.participants import StateChanges
+from domain.rules.store import patch_rule
 from domain.wallet import WalletRequest
 from tests.conftest import Tenant
 from tests.events_support import NO_RETRIES, TO_PROGRAM, EventProgram, attribute, counter, credit, debit, to_participant
@@ -210,8 +209,6 @@ async def test_a_wallet_that_rules_and_people_use_at_once_is_never_overdrawn(
 
 async def test_rules_that_change_during_a_drain_apply_whole_or_not_at_all(program: EventProgram) -> None:
     """Every event meets one version of the rules, the old or the new, and its records say which."""
-    from domain.rules.store import patch_rule
-
     rule = await program.rule("true", counter("a", "1"), counter("b", "1"))
     await program.ingest([program.event("alice") for _ in range(40)])
 

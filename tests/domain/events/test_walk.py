@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from domain.events.queries import retry
 from domain.rules.store import patch_rule
 from tests.conftest import SettableClock
 from tests.events_support import EventProgram, credit, tag
@@ -236,8 +237,6 @@ async def test_a_changed_rule_is_what_the_next_event_meets(program: EventProgram
 
 
 async def test_a_retry_meets_the_rules_as_they_are_now_at_the_events_own_time(program: EventProgram) -> None:
-    from domain.events.queries import retry
-
     points = await program.asset(scale=0)
     rule = await program.rule('now < timestamp("2025-02-01T00:00:00Z")', credit(points, "event.amount"))
     event = await program.run(amount=Decimal("2.5"))

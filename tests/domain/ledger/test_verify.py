@@ -1,5 +1,6 @@
 """Verification finds what was tampered with, and names it. Contract: holders.md 8.4, 9.15; endpoints.md "integrity"."""
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID
@@ -9,10 +10,9 @@ import pytest
 
 from db.session import Database
 from domain import limits
-from domain.errors import Refusal
 from domain.ledger.canonical import GENESIS_HASH
 from domain.ledger.journal import load_accounts, write
-from domain.ledger.verify import Integrity, Walk, advance, begin_walk, check_window, verify_chain
+from domain.ledger.verify import Integrity, Walk, advance, begin_walk, check_window, resume, save, verify_chain
 from domain.locks import lock_participants
 from tests.builders import Shop, d, open_shop
 from tests.conftest import Tenant
@@ -64,7 +64,9 @@ async def credits(database: Database, organization: Tenant, shop: Shop, *amounts
 
 async def verify(database: Database, organization: Tenant) -> Walk:
     async with database.transaction(organization.id) as tx:
-        return await verify_chain(tx)
+        walk = await verify_chain(tx)
+    assert walk is not None
+    return walk
 
 
 async def check(database: Database, organization: Tenant, window: int = 1_000) -> Integrity:
@@ -293,6 +295,32 @@ async def test_a_long_chain_is_not_checked_within_a_request(
 ) -> None:
     monkeypatch.setattr(limits, "VERIFY_IN_REQUEST", ENTRIES - 1)
 
-    with pytest.raises(Refusal, match="scrip verify") as refused:
-        await verify(database, organization)
-    assert refused.value.code == "bad_request"
+    async with database.transaction(organization.id) as tx:
+        assert await verify_chain(tx) is None
+
+
+async def test_a_walk_goes_on_where_it_was_saved(
+    database: Database, organization: Tenant, entries: list[UUID], tamper: Tamper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "VERIFY_PAGE", 3)
+    tamper("update journal_entry set description = 'x' where id = %s", entries[7])
+    async with database.transaction(organization.id) as tx:
+        walk = await begin_walk(tx)
+    pages = 0
+    while not walk.finished:
+        pages += 1
+        walk = resume(json.loads(json.dumps(save(walk))))
+        async with database.transaction(organization.id) as tx:
+            await advance(tx, walk)
+
+    assert pages == 3
+    assert (walk.valid, walk.first_invalid_entry_id, walk.entries_checked) == (False, entries[7], 8)
+
+
+async def test_a_saved_walk_from_before_an_upgrade_still_resumes(database: Database, organization: Tenant) -> None:
+    """What a later version adds to a walk has a default."""
+    saved = {"organization_id": str(organization.id), "head_sequence": 3, "head_hash": "ff" * 32, "sequence": 2}
+
+    walk = resume(saved)
+
+    assert (walk.sequence, walk.head_hash, walk.hash, walk.finished) == (2, b"\xff" * 32, GENESIS_HASH, False)
