@@ -1,8 +1,9 @@
 """Activities of event processing. Contract: rules-and-events.md 7."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -10,6 +11,7 @@ from uuid import UUID
 from temporalio import activity
 
 from db.session import Database
+from domain import limits
 from domain.clock import Clock
 from domain.events.control import set_paused
 from domain.events.drain import drain
@@ -53,6 +55,8 @@ class EventActivities:
         self._database_url = database_url
         self._clock = clock
         self._retries = retries
+        self._drains = 0
+        self._drains_lock = threading.Lock()
 
     # Without this a cancellation (a terminated workflow, a Temporal that forgot it) is thrown into the thread at any
     # point, also in the middle of an event, which would then look as if it couldn't be processed.
@@ -63,7 +67,22 @@ class EventActivities:
         An attempt that follows a lost one begins with one event at a time, so that an event that brings the worker down
         is found. Raises what the database raises; Temporal repeats the activity.
         """
-        return asyncio.run(self._drain(request))
+        with self._counted():
+            return asyncio.run(self._drain(request))
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._drains_lock:
+            self._drains += 1
+        try:
+            yield
+        finally:
+            with self._drains_lock:
+                self._drains -= 1
+
+    def _pace_s(self) -> float:
+        """Looking at queues costs the same however many programs this worker drains: each looks the more rarely."""
+        return limits.DRAIN_POLL_MS / 1000 * max(1.0, self._drains / limits.DRAINS_AT_FULL_PACE)
 
     @activity.defn(no_thread_cancel_exception=True)
     def set_processing_paused(self, request: PauseRequest) -> None:
@@ -93,5 +112,6 @@ class EventActivities:
                 self._retries,
                 activity.heartbeat,
                 after_loss=after_loss,
+                pace_s=self._pace_s,
             )
         return DrainReport(result.events, result.completed, result.failed, result.next_due_at, result.is_paused)

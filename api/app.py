@@ -13,7 +13,9 @@ from api import (
     events,
     groups,
     health,
+    holds,
     ledger,
+    lots,
     participants,
     programs,
     rules,
@@ -42,6 +44,8 @@ are RFC 3339 in UTC, lists are paged with `limit` and `cursor`, and errors have 
 ROUTERS = (
     events.router,
     balances.router,
+    holds.router,
+    lots.router,
     participants.router,
     state.state_router("Participants", "participant"),
     state.history_router,

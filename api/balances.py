@@ -1,20 +1,62 @@
-"""Balance operations on participants over HTTP. Contract: holders.md 6."""
+"""Balance operations on participants and groups over HTTP. Contract: holders.md 4.3 and 6."""
 
-from typing import Literal
+from datetime import timedelta
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import Field
+from fastapi import APIRouter
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
-from api.models import AmountText, Boolean, Description, IdempotencyKey, RequestModel, ResponseModel
+from api.models import (
+    AmountText,
+    Boolean,
+    Description,
+    IdempotencyKey,
+    ReferenceId,
+    RequestModel,
+    ResponseModel,
+    Timestamp,
+    omittable,
+)
 from api.responses import JsonResponse, respond_dict
 from api.route import Tx, make_router
+from db.session import Transaction
 from domain import balances
-from domain.balances import AdjustRequest, AdjustResult, AdjustType, Holder
+from domain.balances import (
+    LOT_IDS_PER_CALL,
+    AdjustRequest,
+    AdjustResult,
+    AdjustType,
+    Holder,
+    HolderBalance,
+    OnExpiry,
+    Operation,
+    OperationRequest,
+    OperationResult,
+)
+from domain.durations import MAX_TEXT_LENGTH, parse_duration
+from domain.ledger.movements import HolderType
 from domain.money import format_amount
 
 router = make_router("Balances")
 
 AdjustBucket = Literal["AVAILABLE", "HELD"]
+
+
+def _read_duration(value: Any) -> timedelta:
+    if not isinstance(value, str):
+        raise PydanticCustomError("duration", "must be a duration such as 24h", {"expected": "duration"})
+    try:
+        return parse_duration(value)
+    except ValueError as error:
+        raise PydanticCustomError("duration", "{message}", {"message": str(error), "expected": "duration"}) from None
+
+
+Duration = Annotated[timedelta, BeforeValidator(_read_duration, json_schema_input_type=str)]
+"""A duration in Go's syntax."""
+
+LotIds = Annotated[list[UUID], Field(min_length=1, max_length=LOT_IDS_PER_CALL)]
 
 
 class Adjust(RequestModel):
@@ -25,11 +67,95 @@ class Adjust(RequestModel):
     type: AdjustType = Field(description="CREDIT adds, DEBIT takes away.")
     amount: AmountText
     description: Description
-    bucket: AdjustBucket = Field(default="AVAILABLE", description="The bucket that changes.")
+    bucket: AdjustBucket = Field(
+        default="AVAILABLE",
+        description="The bucket that changes. A CREDIT into HELD is provisional until released, settled or voided.",
+    )
     allow_negative: Boolean = Field(
-        default=False, description="Let a DEBIT take more than there is; without effect on a CREDIT."
+        default=False, description="Let a DEBIT of AVAILABLE take more than there is; without effect on a CREDIT."
     )
     idempotency_key: IdempotencyKey | None = None
+
+    def request(self) -> AdjustRequest:
+        """The same, for the domain."""
+        return AdjustRequest(
+            program_id=self.program_id,
+            asset_id=self.asset_id,
+            type=self.type,
+            amount=self.amount,
+            description=self.description,
+            bucket=self.bucket,
+            allow_negative=self.allow_negative,
+            idempotency_key=self.idempotency_key,
+        )
+
+
+class OperationBody(RequestModel):
+    """What hold, release, forfeit and void-hold have in common."""
+
+    program_id: UUID = Field(description="The program in whose context it happens.")
+    asset_id: UUID = Field(description="An asset that is linked to the program.")
+    description: Description
+    amount: AmountText | None = Field(
+        default=None, description="Omitted: the full bucket (SIMPLE) or all matching lots (LOT)."
+    )
+    earned_from: Timestamp | None = Field(default=None, description="LOT only: lots earned at or after this instant.")
+    earned_to: Timestamp | None = Field(default=None, description="LOT only: lots earned at or before this instant.")
+    lot_ids: LotIds | None = Field(default=None, description="LOT only: none but these lots.")
+    reference_id: ReferenceId | None = Field(
+        default=None,
+        description="LOT only: a hold stamps its lots with it, everything else takes the lots that have it.",
+    )
+    idempotency_key: IdempotencyKey | None = None
+
+    def request(self, operation: Operation, **more: Any) -> OperationRequest:
+        """The same, for the domain; `more` are fields of the one operation."""
+        return OperationRequest(
+            operation=operation,
+            program_id=self.program_id,
+            asset_id=self.asset_id,
+            description=self.description,
+            amount=self.amount,
+            reference_id=self.reference_id,
+            lot_ids=self.lot_ids,
+            earned_from=self.earned_from,
+            earned_to=self.earned_to,
+            idempotency_key=self.idempotency_key,
+            **more,
+        )
+
+
+class HoldBody(OperationBody):
+    """Value to reserve. `expires_at` and `expires_in` exclude each other."""
+
+    expires_at: Timestamp | None = Field(
+        default=None, description="The end of the hold (not of its lots); in the future."
+    )
+    expires_in: Duration | None = Field(
+        default=None,
+        description="The same, as a duration from now.",
+        examples=["168h"],
+        json_schema_extra={"maxLength": MAX_TEXT_LENGTH},
+    )
+    on_expiry: OnExpiry | None = Field(
+        default=None, description="What becomes of the rest at the end: RELEASE (default) or FORFEIT."
+    )
+
+
+class ForfeitBody(OperationBody):
+    """Value to take away for good."""
+
+    bucket: Literal["AVAILABLE", "HELD"] = Field(description="The bucket to take it from.")
+
+
+class VoidHoldBody(OperationBody):
+    """Provisional value to give back to where it came from: always all of the reference."""
+
+    reference_id: ReferenceId = Field(description="The reference of the CREDIT into HELD.")
+    amount: AmountText | None = Field(default=None, description="Refused: a void is never partial.")
+    lot_ids: LotIds | None = Field(default=None, description="Refused: a void is never partial.")
+    earned_from: Timestamp | None = Field(default=None, description="Refused: a void is never partial.")
+    earned_to: Timestamp | None = Field(default=None, description="Refused: a void is never partial.")
 
 
 class BalanceOut(ResponseModel):
@@ -40,12 +166,11 @@ class BalanceOut(ResponseModel):
     held: str = Field(description="Reserved.")
 
 
-class AdjustOut(ResponseModel):
+class GroupAdjustOut(ResponseModel):
     """What an adjust did."""
 
     amount: str = Field(description="The amount, with exactly the asset's decimals.")
     asset_id: UUID
-    balance: BalanceOut = Field(description="After the operation; for a replay, the balance now.")
     bucket: AdjustBucket
     journal_entry_id: UUID = Field(description="The entry that recorded it.")
     message: str
@@ -53,37 +178,119 @@ class AdjustOut(ResponseModel):
     type: AdjustType
 
 
-@router.post("/participants/{id}/balances/adjust", response_model=AdjustOut)
-async def adjust_balance(tx: Tx, id: UUID, body: Adjust) -> JsonResponse:
-    """Credit or debit a participant by hand."""
-    request = AdjustRequest(
-        program_id=body.program_id,
-        asset_id=body.asset_id,
-        type=body.type,
-        amount=body.amount,
-        description=body.description,
-        bucket=body.bucket,
-        allow_negative=body.allow_negative,
-        idempotency_key=body.idempotency_key,
-    )
-    result = await balances.adjust(tx, Holder("PARTICIPANT", id), request)
-    return respond_dict(present_adjust(body, result), replayed=result.replayed)
+class AdjustOut(GroupAdjustOut):
+    """What an adjust did, and the balance after it."""
+
+    balance: BalanceOut = Field(description="After the operation; for a replay, the balance now.")
 
 
-def present_adjust(body: Adjust, result: AdjustResult) -> dict[str, object]:
-    """An `AdjustOut`, as the dict that is sent."""
-    balance = result.balance
-    return {
+class ProcessedLot(ResponseModel):
+    """What an operation moved of one lot."""
+
+    id: UUID = Field(description="The lot that is now in the target state.")
+    amount: str = Field(description="What was moved.")
+
+
+class OperationOut(ResponseModel):
+    """What a hold, release, forfeit or void-hold did."""
+
+    amount_processed: str = Field(description="What was moved; a release of LOT assets may find less than asked for.")
+    asset_id: UUID
+    balance: BalanceOut = Field(description="After the operation; for a replay, the balance now.")
+    hold_id: UUID | None = omittable("The hold that was made, or that was named.")
+    journal_entry_id: UUID = Field(description="The entry that recorded it.")
+    lots_processed: list[ProcessedLot] | None = omittable("LOT assets only, in FIFO order.")
+    message: str
+    operation: Operation
+    program_id: UUID
+    reference_id: str | None = omittable("As it was sent.")
+
+
+def present_operation(
+    operation: Operation, program_id: UUID, asset_id: UUID, reference_id: str | None, result: OperationResult
+) -> JsonResponse:
+    """An `OperationOut`, sent as it is."""
+    amount = format_amount(result.amount, result.scale)
+    body: dict[str, Any] = {
+        "amount_processed": amount,
+        "asset_id": str(asset_id),
+        "balance": _buckets(result.balance, result.scale),
+        "journal_entry_id": str(result.journal_entry_id),
+        "message": f"Processed {amount}",
+        "operation": operation,
+        "program_id": str(program_id),
+    }
+    if result.hold_id is not None:
+        body["hold_id"] = str(result.hold_id)
+    if result.lots is not None:
+        body["lots_processed"] = [
+            {"id": str(lot_id), "amount": format_amount(moved, result.scale)} for lot_id, moved in result.lots
+        ]
+    if reference_id is not None:
+        body["reference_id"] = reference_id
+    return respond_dict(body, replayed=result.replayed)
+
+
+def _serve(router: APIRouter, path: str, holder_type: HolderType) -> None:
+    """The operations on holders of one type, under `path`."""
+    adjust_out = AdjustOut if holder_type == "PARTICIPANT" else GroupAdjustOut
+
+    @router.post(f"{path}/{{id}}/balances/adjust", response_model=adjust_out)
+    async def adjust_balance(tx: Tx, id: UUID, body: Adjust) -> JsonResponse:
+        """Credit or debit by hand."""
+        result = await balances.adjust(tx, Holder(holder_type, id), body.request())
+        return respond_dict(_adjusted(holder_type, body, result), replayed=result.replayed)
+
+    @router.post(f"{path}/{{id}}/balances/hold", response_model=OperationOut)
+    async def hold_balance(tx: Tx, id: UUID, body: HoldBody) -> JsonResponse:
+        """Reserve AVAILABLE value: it stays HELD until it is released or forfeited, or until the hold's end."""
+        end = {"expires_at": body.expires_at, "expires_in": body.expires_in, "on_expiry": body.on_expiry}
+        return await _operate(tx, Holder(holder_type, id), body.request("HOLD", **end))
+
+    @router.post(f"{path}/{{id}}/balances/release", response_model=OperationOut)
+    async def release_balance(tx: Tx, id: UUID, body: OperationBody) -> JsonResponse:
+        """Bring HELD value back to AVAILABLE."""
+        return await _operate(tx, Holder(holder_type, id), body.request("RELEASE"))
+
+    @router.post(f"{path}/{{id}}/balances/forfeit", response_model=OperationOut)
+    async def forfeit_balance(tx: Tx, id: UUID, body: ForfeitBody) -> JsonResponse:
+        """Take value away for good."""
+        return await _operate(tx, Holder(holder_type, id), body.request("FORFEIT", bucket=body.bucket))
+
+    @router.post(f"{path}/{{id}}/balances/void-hold", response_model=OperationOut)
+    async def void_held_balance(tx: Tx, id: UUID, body: VoidHoldBody) -> JsonResponse:
+        """Cancel provisional value: all of a reference goes back to where it came from."""
+        return await _operate(tx, Holder(holder_type, id), body.request("VOID_HOLD"))
+
+
+async def _operate(tx: Transaction, holder: Holder, request: OperationRequest) -> JsonResponse:
+    result = await balances.operate(tx, holder, request)
+    return present_operation(request.operation, request.program_id, request.asset_id, request.reference_id, result)
+
+
+def _adjusted(holder_type: HolderType, body: Adjust, result: AdjustResult) -> dict[str, Any]:
+    answer: dict[str, Any] = {
         "amount": format_amount(result.amount, result.scale),
         "asset_id": str(body.asset_id),
-        "balance": {
-            "available": format_amount(balance.available, result.scale),
-            "deferred": format_amount(balance.deferred, result.scale),
-            "held": format_amount(balance.held, result.scale),
-        },
         "bucket": body.bucket,
         "journal_entry_id": str(result.journal_entry_id),
-        "message": "Balance adjusted successfully",
+        "message": "Group balance adjusted successfully",
         "program_id": str(body.program_id),
         "type": body.type,
     }
+    if holder_type == "PARTICIPANT":
+        answer["balance"] = _buckets(result.balance, result.scale)
+        answer["message"] = "Balance adjusted successfully"
+    return answer
+
+
+def _buckets(balance: HolderBalance, scale: int) -> dict[str, str]:
+    return {
+        "available": format_amount(balance.available, scale),
+        "deferred": format_amount(balance.deferred, scale),
+        "held": format_amount(balance.held, scale),
+    }
+
+
+_serve(router, "/participants", "PARTICIPANT")
+_serve(router, "/groups", "GROUP")

@@ -187,14 +187,21 @@ class Database:
             yield tx, login
             await tx._commit()
 
-    async def repeat(self, organization_id: UUID, work: Callable[[Transaction], Awaitable[T]]) -> T:
+    async def repeat(
+        self,
+        organization_id: UUID,
+        work: Callable[[Transaction], Awaitable[T]],
+        *,
+        api_key_id: UUID | None = None,
+        request_id: str | None = None,
+    ) -> T:
         """Run `work` in a transaction, repeated when Postgres reports a conflict; the result of the one that held.
 
         Raises DatabaseUnavailable after four conflicts in a row.
         """
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                async with self.transaction(organization_id) as tx:
+                async with self.transaction(organization_id, api_key_id=api_key_id, request_id=request_id) as tx:
                     return await work(tx)
             except REPEATABLE as error:
                 logger.info("transaction repeated", extra={"attempt": attempt, "reason": str(error)})

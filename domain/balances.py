@@ -31,6 +31,7 @@ OnExpiry = Literal["RELEASE", "FORFEIT"]
 
 LOT_IDS_PER_CALL = 1_000
 
+_RESERVED = "value of a pending redemption is reserved: confirm or cancel the redemption instead"
 _NEEDS_ACTIVE_PARTICIPANT = frozenset({"HOLD", "RELEASE"})
 _TAKES_NEW_VALUE = frozenset({"HOLD"})
 
@@ -206,11 +207,14 @@ async def operate(tx: Transaction, holder: Holder, request: OperationRequest) ->
 
     books = await load_accounts(tx, [holder.id, *(sources if terms.is_prefunded else [])], [request.asset_id])
     position = _position(holder, terms)
-    cause = Cause(entry_id, request.program_id, tx.now, request.description, reference_id=request.reference_id)
-    selection = _selection(position, request, tx.now)
+    reference_id = request.reference_id
     if request.named_hold is not None:
         await load_holds(tx, books.holds, [request.named_hold])
-        _require_takeable(books.holds.get(request.named_hold), amount)
+        hold = books.holds.get(request.named_hold)
+        _require_takeable(hold, amount)
+        reference_id = hold.reference_id
+    cause = Cause(entry_id, request.program_id, tx.now, request.description, reference_id=reference_id)
+    selection = _selection(position, request, tx.now)
     await _load(tx, books, position, selection, amount)
     entry, parts = _OPERATIONS[request.operation](books, position, cause, request, selection, amount, hold_terms, terms)
     await write(tx, books)
@@ -225,6 +229,35 @@ async def operate(tx: Transaction, holder: Holder, request: OperationRequest) ->
     )
     await idempotency.remember(tx, request.program_id, operation, request.idempotency_key, _remembered(result))
     return result
+
+
+async def find_operation(tx: Transaction, holder: Holder, request: OperationRequest) -> OperationResult | None:
+    """What the first use of the request's key did, without waiting for one under way; None where there was none.
+
+    Nothing is written. Raises Refusal: `bad_request`, `invalid_scale`, `not_found`, `idempotency_conflict`.
+    """
+    terms = await gates.read_terms(tx, request.program_id, request.asset_id)
+    amount = None if request.amount is None else terms.amount(request.amount)
+    _check_shape(terms, request)
+    if request.idempotency_key is None:
+        return None
+    payload = _operation_payload(holder, request, amount)
+    operation = request.operation.lower()
+    found = await idempotency.find(tx, request.program_id, operation, request.idempotency_key, payload)
+    return None if found is None else await _replay(tx, holder, terms, found)
+
+
+async def await_operation(tx: Transaction, holder: Holder, request: OperationRequest) -> OperationResult | None:
+    """As `find_operation`, but a first use that is under way is waited for; the request has a key.
+
+    Where there was none the key now belongs to this transaction, which is to be rolled back.
+    """
+    terms = await gates.read_terms(tx, request.program_id, request.asset_id)
+    amount = None if request.amount is None else terms.amount(request.amount)
+    payload = _operation_payload(holder, request, amount)
+    operation = request.operation.lower()
+    claim = await idempotency.claim(tx, request.program_id, operation, request.idempotency_key, payload, result={})
+    return await _replay(tx, holder, terms, claim.result) if claim.replayed else None
 
 
 def credit_source(books: Books, terms: Terms, amount: Decimal) -> Account:
@@ -332,6 +365,8 @@ def _void(
     hold_terms: HoldTerms,
     terms: Terms,
 ) -> tuple[Entry, list[Part]]:
+    # A program that first credited under the reference since its wallets were locked is not loaded: opening its wallet
+    # a second time is refused by the database, and the whole operation is repeated.
     programs = {lot.program_id for lot in books.lots.matching(selection)}
     sources = {program_id: _return_account(books, terms, program_id) for program_id in programs}
     return movements.void_hold(books, position, cause, selection, sources)
@@ -393,8 +428,7 @@ async def _load_held(
         hold_ids = {lot.hold_id for lot in books.lots.matching(selection) if lot.hold_id is not None}
         await load_holds(tx, books.holds, hold_ids)
         if _names_lots(selection) and await _is_reserved(tx, selection):
-            message = "value of a pending redemption is reserved: confirm or cancel the redemption instead"
-            raise Refusal("conflict", message)
+            raise Refusal("conflict", _RESERVED)
     elif selection.hold_id is None:
         await load_oldest_holds(tx, books.holds, position.holder_id, position.asset_id, amount)
 
@@ -457,11 +491,10 @@ def _hold_terms(request: OperationRequest, hold_id: UUID, now: datetime) -> Hold
 
 def _require_takeable(hold: Hold, amount: Decimal | None) -> None:
     """Refuse to take `amount` of a hold that has ended, that a redemption owns, or of which less remains."""
-    if hold.kind == "REDEMPTION":
-        message = "the hold belongs to a redemption: confirm or cancel the redemption instead"
-        raise Refusal("conflict", message)
     if hold.status != "ACTIVE":
         raise Refusal("hold_not_active", f"hold is {hold.status}")
+    if hold.kind == "REDEMPTION":
+        raise Refusal("conflict", _RESERVED)
     require(hold.remaining, amount or ZERO, what="remaining amount of the hold")
 
 

@@ -82,6 +82,27 @@ async def claim(
     return Claim(replayed=True, result=found[1])
 
 
+async def find(
+    tx: Transaction, program_id: UUID, operation: str, key: str, payload: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What the first use of `key` remembered; None where it hasn't been used. Nothing is consumed or waited for.
+
+    `payload` as for `claim`. Raises Refusal `idempotency_conflict` when the key was used with another payload.
+    """
+    cursor = await tx.execute(
+        "select payload_hash, result from idempotency_key"
+        " where organization_id = %s and program_id = %s and operation = %s and key = %s",
+        (tx.organization_id, program_id, operation, key),
+    )
+    found = await cursor.fetchone()
+    if found is None:
+        return None
+    if bytes(found[0]) != payload_hash(payload):
+        raise conflict(key)
+    result: dict[str, Any] = found[1]
+    return result
+
+
 async def remember(
     tx: Transaction, program_id: UUID, operation: str, key: str | None, result: Mapping[str, Any]
 ) -> None:

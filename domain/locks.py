@@ -66,6 +66,16 @@ async def lock_participants(tx: Transaction, ids: Iterable[UUID]) -> dict[UUID, 
     return await _lock(tx, _LOCK_PARTICIPANTS, set(ids))
 
 
+async def lock_holders(tx: Transaction, holders: Iterable[tuple[str, UUID]]) -> None:
+    """Lock these holders of balances, pairs of PARTICIPANT or GROUP and an id, in the global order.
+
+    Raises psycopg.errors.LockNotAvailable after the session's lock timeout.
+    """
+    wanted = set(holders)
+    await lock_groups(tx, [id for kind, id in wanted if kind == "GROUP"])
+    await lock_participants(tx, [id for kind, id in wanted if kind == "PARTICIPANT"])
+
+
 async def _lock(tx: Transaction, query: LiteralString, ids: Collection[UUID]) -> dict[UUID, DictRow]:
     if not ids:
         return {}

@@ -28,11 +28,31 @@ order by e.sequence, p.ordinal
 """
 
 
+_LOT_CHANGES = """
+select c.*, e.sequence from lot_change c
+left join journal_entry e on e.organization_id = c.organization_id and e.id = c.entry_id
+where c.organization_id = %s order by e.sequence, c.ordinal
+"""
+
+_HOLD_CHANGES = """
+select c.*, e.sequence from hold_change c
+left join journal_entry e on e.organization_id = c.organization_id and e.id = c.entry_id
+where c.organization_id = %s order by e.sequence
+"""
+
+_OPEN_LOTS = {"DEFERRED", "AVAILABLE", "HELD"}
+_ENDED_HOLDS = {"RELEASED", "FORFEITED", "SETTLED", "VOIDED", "EXPIRED"}
+
+# (entity, asset, bucket) -> balance, of participants and groups.
+Buckets = dict[tuple[UUID, UUID, str], Decimal]
+
+
 async def assert_ledger_invariants(connection: psycopg.AsyncConnection[Any], organization_id: UUID) -> None:
     """Assert that the ledger of `organization_id` is sound; `connection` must see it (`tx.connection` does).
 
     Entries sum to zero, and so do all accounts of an asset; running balances equal the sums of amounts, versions have
-    no holes and rise along the chain; the chain verifies; every idempotency key's entry exists.
+    no holes and rise along the chain; the chain verifies; every idempotency key's entry exists; lots and holds sum to
+    the buckets, and are what their changes made of them.
     """
     entries = await _rows(
         connection, "select * from journal_entry where organization_id = %s order by sequence", organization_id
@@ -40,6 +60,11 @@ async def assert_ledger_invariants(connection: psycopg.AsyncConnection[Any], org
     postings = await _rows(connection, _POSTINGS, organization_id)
     (head,) = await _rows(connection, "select * from chain_head where organization_id = %s", organization_id)
     keys = await _rows(connection, "select * from idempotency_key where organization_id = %s", organization_id)
+    assets = await _rows(connection, "select * from asset where organization_id = %s", organization_id)
+    lots = await _rows(connection, "select * from lot where organization_id = %s", organization_id)
+    lot_changes = await _rows(connection, _LOT_CHANGES, organization_id)
+    holds = await _rows(connection, "select * from hold where organization_id = %s", organization_id)
+    hold_changes = await _rows(connection, _HOLD_CHANGES, organization_id)
 
     by_entry: dict[UUID, list[dict[str, Any]]] = defaultdict(list)
     for posting in postings:
@@ -47,9 +72,14 @@ async def assert_ledger_invariants(connection: psycopg.AsyncConnection[Any], org
         assert posting["asset_id"] == posting["account_asset_id"]
         by_entry[posting["entry_id"]].append(posting)
     _assert_sums(by_entry, postings)
-    _assert_running_balances(postings)
+    buckets = _assert_running_balances(postings)
     _assert_chain(organization_id, entries, by_entry, head)
-    _assert_keys(keys, {entry["id"] for entry in entries})
+    entry_ids = {entry["id"] for entry in entries}
+    _assert_keys(keys, entry_ids)
+    _assert_lots_sum_to_buckets(buckets, {a["id"] for a in assets if a["inventory_mode"] == "LOT"}, lots)
+    _assert_holds_sum_to_held(buckets, lots, holds)
+    _assert_projections(lots, lot_changes, "lot_id", entry_ids, {0: {"CONSUMED", "EXPIRED"}, 1: _OPEN_LOTS})
+    _assert_projections(holds, hold_changes, "hold_id", entry_ids, {0: _ENDED_HOLDS, 1: {"ACTIVE"}})
 
 
 def canonical_document(
@@ -98,7 +128,8 @@ def _assert_sums(by_entry: dict[UUID, list[dict[str, Any]]], postings: list[dict
     assert not any(per_asset.values()), f"an asset's accounts don't sum to zero: {per_asset}"
 
 
-def _assert_running_balances(postings: list[dict[str, Any]]) -> None:
+def _assert_running_balances(postings: list[dict[str, Any]]) -> Buckets:
+    buckets: Buckets = {}
     accounts: dict[UUID, tuple[int, Decimal]] = {}
     for posting in postings:
         if posting["entity_id"] is None:
@@ -109,6 +140,72 @@ def _assert_running_balances(postings: list[dict[str, Any]]) -> None:
         version, balance = version + 1, EXACT.add(balance, posting["amount"])
         assert (posting["version"], posting["balance"]) == (version, balance), f"posting {posting['id']}"
         accounts[posting["account_id"]] = version, balance
+        if posting["entity_type"] in ("PARTICIPANT", "GROUP"):
+            buckets[posting["entity_id"], posting["asset_id"], posting["bucket"]] = balance
+    return buckets
+
+
+def _assert_lots_sum_to_buckets(buckets: Buckets, lot_assets: set[UUID], lots: list[dict[str, Any]]) -> None:
+    """AVAILABLE is what its lots have, or no lot while it is overdrawn; HELD and DEFERRED are what theirs have."""
+    sums: Buckets = defaultdict(Decimal)
+    for lot in lots:
+        assert lot["asset_id"] in lot_assets, f"lot {lot['id']} belongs to a SIMPLE asset"
+        if lot["status"] in _OPEN_LOTS and lot["entity_type"] in ("PARTICIPANT", "GROUP"):
+            place = lot["entity_id"], lot["asset_id"], lot["status"]
+            sums[place] = EXACT.add(sums[place], lot["remaining"])
+    for place in buckets.keys() | sums.keys():
+        balance, lot_sum = buckets.get(place, Decimal(0)), sums.get(place, Decimal(0))
+        if place[1] not in lot_assets:
+            assert place[2] != "DEFERRED", "only lots mature"
+        elif balance < 0:
+            assert place[2] == "AVAILABLE", f"{place} is below zero"
+            assert lot_sum == 0, f"{place} is overdrawn and has lots"
+        else:
+            assert balance == lot_sum, f"{place}: lots of {lot_sum} do not make {balance}"
+
+
+def _assert_holds_sum_to_held(buckets: Buckets, lots: list[dict[str, Any]], holds: list[dict[str, Any]]) -> None:
+    """HELD is what the ACTIVE holds have, and a hold on lots has what its lots have."""
+    sums: Buckets = defaultdict(Decimal)
+    active = {hold["id"]: hold for hold in holds if hold["status"] == "ACTIVE"}
+    for hold in active.values():
+        place = hold["entity_id"], hold["asset_id"], "HELD"
+        sums[place] = EXACT.add(sums[place], hold["remaining"])
+    held = {place: balance for place, balance in buckets.items() if place[2] == "HELD" and balance}
+    assert held == sums, "the active holds do not make HELD"
+
+    by_hold: dict[UUID, Decimal] = defaultdict(Decimal)
+    for lot in (lot for lot in lots if lot["status"] == "HELD"):
+        hold = active[lot["hold_id"]]
+        assert (lot["entity_id"], lot["asset_id"]) == (hold["entity_id"], hold["asset_id"])
+        by_hold[hold["id"]] = EXACT.add(by_hold[hold["id"]], lot["remaining"])
+    for hold_id, lot_sum in by_hold.items():
+        assert lot_sum == active[hold_id]["remaining"], f"the lots of hold {hold_id} do not make what remains of it"
+
+
+def _assert_projections(
+    rows: list[dict[str, Any]],
+    changes: list[dict[str, Any]],
+    names: str,
+    entry_ids: set[UUID],
+    statuses: dict[int, set[str]],
+) -> None:
+    """Lots or holds are what their changes made of them; `statuses` are those of an empty one (0) and of others (1)."""
+    by_row: dict[UUID, list[dict[str, Any]]] = defaultdict(list)
+    for change in changes:
+        assert change["sequence"] is not None, f"a change of {names} {change[names]} has no entry"
+        by_row[change[names]].append(change)
+    for row in rows:
+        assert row["entry_id"] in entry_ids, f"{names} {row['id']} has no entry"
+        remaining = row["amount"]
+        for change in by_row[row["id"]]:
+            remaining = EXACT.add(remaining, change["delta"])
+            assert change["status"] in statuses[0 if remaining == 0 else 1]
+        assert remaining == row["remaining"], f"{names} {row['id']} is not what its changes made of it"
+        assert row["status"] in statuses[0 if remaining == 0 else 1], f"{names} {row['id']} is {row['status']}"
+        if by_row[row["id"]]:
+            assert row["status"] == by_row[row["id"]][-1]["status"], f"{names} {row['id']} is {row['status']}"
+    assert by_row.keys() <= {row["id"] for row in rows}, f"changes of an unknown {names}"
 
 
 def _assert_chain(

@@ -4,19 +4,20 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import UUID
 
 import psycopg
 import pytest
-from pydantic import SecretStr
 from typer.testing import CliRunner, Result
 
 import cli
-from db.session import Database
+from db.session import Database, DatabaseUnavailable
 from domain import limits
 from domain.clock import system_clock
 from domain.ids import new_id
+from domain.ledger.export import FORMATS, Chunk, Span
 from domain.ledger.journal import load_accounts, write
 from domain.locks import lock_participants
 from settings import Settings
@@ -96,14 +97,20 @@ def test_the_other_format_is_a_journal(organization: Tenant, entry_ids: list[UUI
 
 
 def test_an_export_that_fails_leaves_the_older_file(
-    organization: Tenant, entry_ids: list[UUID], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    organization: Tenant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    async def breaks(database: Database, span: Span) -> AsyncIterator[Chunk]:
+        yield Chunk("half a line", 1)
+        raise DatabaseUnavailable("the connection was lost")
+
+    monkeypatch.setitem(FORMATS, "jsonl", breaks)
     file = tmp_path / "ledger.jsonl"
     file.write_text("an older export")
-    nowhere = SecretStr("postgresql://scrip_app@127.0.0.1:1/scrip")
-    monkeypatch.setattr(cli, "get_settings", lambda: Settings(database_url=nowhere, owner_database_url=nowhere))
 
-    assert export("--org", organization.id, "--output", file).exit_code == 1
+    result = export("--org", organization.id, "--output", file)
+
+    assert result.exit_code == 1
+    assert "out of reach" in result.stderr
     assert file.read_text() == "an older export"
     assert list(tmp_path.iterdir()) == [file]
 

@@ -3,26 +3,45 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from datetime import timedelta
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import temporalio.api.enums.v1
 import temporalio.api.operatorservice.v1
-from temporalio.client import Client
-from temporalio.common import SearchAttributePair, TypedSearchAttributes, WorkflowIDReusePolicy
+from temporalio.client import Client, WithStartWorkflowOperation, WorkflowUpdateFailedError
+from temporalio.common import (
+    SearchAttributePair,
+    TypedSearchAttributes,
+    WorkflowIDConflictPolicy,
+    WorkflowIDReusePolicy,
+)
 from temporalio.contrib.pydantic import pydantic_data_converter
-from temporalio.exceptions import WorkflowAlreadyStartedError
+from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
 from domain import limits
+from domain.balances import OperationResult
+from domain.clock import format_timestamp
+from domain.errors import STATUS_BY_CODE, Problem, Refusal
+from domain.hold_ends import CarriedHold
+from domain.timed_holds import Reservation
 from settings import Settings
-from workflows import ledger_verification, queues
+from workflows import hold, hold_ends, ledger_verification, queues
 from workflows.event_processing import EventProcessing, EventProcessingInput, workflow_id
+from workflows.hold import Hold, HoldInput
+from workflows.hold_ends import HoldEnds, HoldEndsInput
 from workflows.ledger_verification import LedgerVerification, VerificationInput
-from workflows.search_attributes import ORGANIZATION, PROGRAM, SEARCH_ATTRIBUTES
+from workflows.search_attributes import ORGANIZATION, PARTICIPANT, PROGRAM, SEARCH_ATTRIBUTES
 
 logger = logging.getLogger("scrip.temporal")
+
+_PAUSE_S = 0.1
+
+
+class TemporalUnavailable(Exception):
+    """Temporal, or a worker behind it, didn't answer in time."""
+
 
 
 async def connect(settings: Settings, *, lazy: bool = False) -> Client:
@@ -49,6 +68,8 @@ class Gateway:
         self._client: Client | None = None
         self._timeout = timedelta(seconds=timeout_s)
         self._open_calls = asyncio.Semaphore(limits.OPEN_TEMPORAL_CALLS)
+        # Updates wait for a worker: where there is none they must not keep wakes from going out.
+        self._open_updates = asyncio.Semaphore(limits.OPEN_TEMPORAL_UPDATES)
         self._searchable = False
         self._ask_again_at = 0.0
 
@@ -109,6 +130,112 @@ class Gateway:
                 return UUID(await description.memo_value(ledger_verification.MEMO_ID))
         return verification_id
 
+    async def make_hold(self, reservation: Reservation, wait_s: float) -> OperationResult:
+        """Make a hold with an end by its workflow, which then carries it; what the reservation did.
+
+        Raises Refusal for what the contract refuses, and TemporalUnavailable where no answer came within `wait_s`:
+        whether the hold was made has then to be asked of the database.
+        """
+        try:
+            async with asyncio.timeout(wait_s), self._open_updates:
+                while True:
+                    try:
+                        return await self._reserve(reservation, timedelta(seconds=wait_s))
+                    except RPCError as error:
+                        # Out of reach, or the run that would have taken it was just ending. Repeating is safe.
+                        logger.info("a hold's workflow was not reached, trying again: %s", error)
+                        await asyncio.sleep(_PAUSE_S)
+        except WorkflowUpdateFailedError as error:
+            raise _refusal_of(error) or TemporalUnavailable(str(error.cause or error)) from error
+        except (TimeoutError, RPCError, RuntimeError) as error:
+            raise TemporalUnavailable(str(error) or "no answer in time") from error
+
+    async def _reserve(self, reservation: Reservation, timeout: timedelta) -> OperationResult:
+        client = await self.client()
+        request, holder = reservation.request, reservation.holder
+        end = request.expires_at
+        start = WithStartWorkflowOperation(
+            Hold.run,
+            HoldInput(reservation.organization_id, reservation.hold_id),
+            id=hold.workflow_id(reservation.hold_id),
+            task_queue=queues.LIFECYCLE,
+            id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+            id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+            static_summary=f"Hold until {format_timestamp(end)}" if end else f"Hold for {request.expires_in}",
+            search_attributes=await self._attributes(
+                client,
+                reservation.organization_id,
+                request.program_id,
+                holder.id if holder.type == "PARTICIPANT" else None,
+            ),
+        )
+        return await client.execute_update_with_start_workflow(
+            Hold.reserve, reservation, start_workflow_operation=start, id=str(uuid4()), rpc_timeout=timeout
+        )
+
+    async def carry_hold(self, organization_id: UUID, carried: CarriedHold) -> bool:
+        """Start the workflow of a hold that exists; False where it runs already.
+
+        Raises RPCError when Temporal is out of reach.
+        """
+        async with self._open_calls:
+            client = await self.client()
+            try:
+                await client.start_workflow(
+                    Hold.run,
+                    HoldInput(organization_id, carried.id),
+                    id=hold.workflow_id(carried.id),
+                    task_queue=queues.LIFECYCLE,
+                    id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+                    static_summary=f"Hold until {format_timestamp(carried.expires_at)}",
+                    search_attributes=await self._attributes(
+                        client, organization_id, carried.program_id, carried.participant_id
+                    ),
+                    rpc_timeout=self._timeout,
+                )
+            except WorkflowAlreadyStartedError:
+                return False
+        return True
+
+    async def running_holds(self, hold_ids: Collection[UUID]) -> set[UUID]:
+        """Which of these holds have a workflow that runs, as far as Temporal's visibility knows.
+
+        Raises RPCError when Temporal is out of reach.
+        """
+        ids = ", ".join(f"'{hold.workflow_id(hold_id)}'" for hold_id in hold_ids)
+        async with self._open_calls:
+            client = await self.client()
+            found = client.list_workflows(
+                f"WorkflowId IN ({ids}) AND ExecutionStatus = 'Running'", rpc_timeout=self._timeout
+            )
+            return {UUID(running.id.partition("/")[2]) async for running in found}
+
+    async def tell_hold(self, hold_id: UUID) -> None:
+        """Tell a hold's workflow that the hold may have ended. Raises RPCError, also where no workflow runs."""
+        async with self._open_calls:
+            client = await self.client()
+            handle = client.get_workflow_handle(hold.workflow_id(hold_id))
+            await handle.signal(Hold.look, rpc_timeout=self._timeout)
+
+    async def wake_hold_ends(self, organization_id: UUID, program_id: UUID, program_name: str) -> None:
+        """Tell the program's HoldEnds that there may be new holds with an end, starting it if it isn't running.
+
+        To be called once for a batch, not per hold. Raises RPCError when Temporal is out of reach.
+        """
+        async with self._open_calls:
+            client = await self.client()
+            await client.start_workflow(
+                HoldEnds.run,
+                HoldEndsInput(organization_id, program_id, program_name),
+                id=hold_ends.workflow_id(program_id),
+                task_queue=queues.LIFECYCLE,
+                start_signal="wake",
+                id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+                static_summary=f"Ends of holds of {program_name}"[:200],
+                search_attributes=await self._attributes(client, organization_id, program_id),
+                rpc_timeout=self._timeout,
+            )
+
     async def is_reachable(self) -> bool:
         """Whether Temporal answers."""
         try:
@@ -118,13 +245,19 @@ class Gateway:
             return False
 
     async def _attributes(
-        self, client: Client, organization_id: UUID, program_id: UUID | None = None
+        self,
+        client: Client,
+        organization_id: UUID,
+        program_id: UUID | None = None,
+        participant_id: UUID | None = None,
     ) -> TypedSearchAttributes:
         if not await self._is_searchable(client):
             return TypedSearchAttributes.empty
         pairs = [SearchAttributePair(ORGANIZATION, str(organization_id))]
         if program_id is not None:
             pairs.append(SearchAttributePair(PROGRAM, str(program_id)))
+        if participant_id is not None:
+            pairs.append(SearchAttributePair(PARTICIPANT, str(participant_id)))
         return TypedSearchAttributes(pairs)
 
     async def _is_searchable(self, client: Client) -> bool:
@@ -133,6 +266,15 @@ class Gateway:
             self._ask_again_at = time.monotonic() + 60
             self._searchable = await has_search_attributes(client)
         return self._searchable
+
+
+def _refusal_of(error: WorkflowUpdateFailedError) -> Refusal | None:
+    """The refusal that a step raised, as `activities.holds.as_application_error` packed it; None for anything else."""
+    cause = error.cause
+    if not isinstance(cause, ApplicationError) or not cause.non_retryable or cause.type not in STATUS_BY_CODE:
+        return None
+    problems = cause.details[0] if cause.details else []
+    return Refusal(cause.type, cause.message, [Problem(**problem) for problem in problems])
 
 
 async def has_search_attributes(client: Client) -> bool:

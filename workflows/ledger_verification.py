@@ -155,7 +155,11 @@ class NightlyVerification:
             start_to_close_timeout=_QUICK,
             retry_policy=_RETRY,
         )
-        await asyncio.gather(*(self._verify(organization_id) for organization_id in page))
+        # With exceptions as results all of them are waited for: when the night is cancelled, so are its verifications.
+        outcomes = await asyncio.gather(*(self._verify(id_) for id_ in page), return_exceptions=True)
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
         if len(page) == ORGANIZATIONS_PER_RUN:
             workflow.continue_as_new(replace(self._night, after=page[-1]))
         if self._night.invalid or self._night.unfinished:

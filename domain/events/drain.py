@@ -48,8 +48,11 @@ async def drain(
     progress: Callable[[int], None],
     *,
     after_loss: bool = False,
+    pace_s: Callable[[], float] = lambda: limits.DRAIN_POLL_MS / 1000,
 ) -> DrainResult:
     """Process due events of a program for at most ten seconds; `progress` is told the events so far after each batch.
+
+    `pace_s` says how long to wait, in seconds, before looking again at a queue that has just been emptied.
 
     `after_loss` says that the attempt before this one was lost: the first events are then taken one by one, each with
     a mark, so that one that brings its worker down is found and ends FAILED instead of holding up the rest.
@@ -68,8 +71,9 @@ async def drain(
             dry_since = time.monotonic()
         elif (time.monotonic() - dry_since) * 1000 > limits.DRAIN_LINGER_MS:
             break
-        else:
-            await asyncio.sleep(limits.DRAIN_POLL_MS / 1000)
+        # A full batch says that more is waiting; otherwise a moment lets the next one grow.
+        if not queue.was_full:
+            await asyncio.sleep(pace_s())
     await _promise(database, organization_id, program_id, for_s=None)
     await faults.reach("drain.withdrawn")
     await queue.process()
@@ -87,6 +91,7 @@ class _Queue:
         self._retries = retries
         self._limit = limits.BATCH_EVENTS
         self.cautious_events = 0
+        self.was_full = False
         self.events = 0
         self.completed = 0
         self.failed = 0
@@ -113,6 +118,7 @@ class _Queue:
                 if limit <= 1:
                     return await self._process_cautiously()
                 continue
+            self.was_full = result.events >= limit
             self._adapt(result.events, (time.monotonic() - started) * 1000)
             return self._count(result)
 
@@ -120,11 +126,16 @@ class _Queue:
         """Process the next event alone, marked; what goes wrong is charged to that event and to no other."""
         begun = await mark_started(self._database, self._organization_id, self._program_id)
         if begun is None:
+            self.was_full = False
             return 0
         if begun.starts > limits.LOST_STARTS:
             return await self._give_up(begun.event_id, f"processing brought its worker down {limits.LOST_STARTS} times")
         try:
-            return self._count(await self._batch(1, only=begun.event_id))
+            result = await self._batch(1, only=begun.event_id)
+            if result.events == 0:
+                # The queue has moved on, so this was no start.
+                await withdraw_start(self._database, self._organization_id, begun.event_id)
+            return self._count(result)
         except TRANSIENT as error:
             # A conflict that comes back for one event alone is no conflict with anybody else.
             if isinstance(error, UniqueViolation):

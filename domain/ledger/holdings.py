@@ -90,6 +90,27 @@ async def load_holds(tx: Transaction, holds: HoldBook, hold_ids: Collection[UUID
     holds.add(Hold(*row) for row in await rows.fetchall())
 
 
+async def load_lots_by_id(tx: Transaction, lots: LotBook, lot_ids: Collection[UUID]) -> list[Lot]:
+    """Bring these lots into `lots`; they are returned in no order. The caller holds their holders' locks."""
+    rows = await tx.execute(
+        f"select {_LOT_COLUMNS} from lot where organization_id = %s and id = any(%s)",
+        (tx.organization_id, list(lot_ids)),
+    )
+    found = [Lot(*row) for row in await rows.fetchall()]
+    lots.add(found)
+    return found
+
+
+async def load_lots_of_holds(tx: Transaction, lots: LotBook, hold_ids: Collection[UUID]) -> None:
+    """Bring the lots that lie in these holds into `lots`. The caller holds their holders' locks."""
+    rows = await tx.execute(
+        f"select {_LOT_COLUMNS} from lot"
+        " where organization_id = %s and hold_id = any(%s) and status = 'HELD' and remaining > 0",
+        (tx.organization_id, list(hold_ids)),
+    )
+    lots.add(Lot(*row) for row in await rows.fetchall())
+
+
 async def load_oldest_holds(
     tx: Transaction, holds: HoldBook, entity_id: UUID, asset_id: UUID, amount: Decimal | None
 ) -> None:

@@ -71,6 +71,10 @@ class HoldBook:
         """The hold of this id. Raises KeyError when it isn't loaded."""
         return self._holds[hold_id]
 
+    def has(self, hold_id: UUID) -> bool:
+        """Whether the hold of this id is loaded."""
+        return hold_id in self._holds
+
     def open(
         self,
         *,

@@ -278,11 +278,14 @@ def settle(
     """Credit `amount` in place of what is provisionally held under the reference. Contract: holders.md 6.7.
 
     Only the difference moves: more is drawn from `source`, less goes back to where each held lot came from, the newest
-    lot's first. Nothing held: a plain credit.
+    lot's first. Nothing held: a plain credit. Raises Refusal `insufficient_program_balance` when `source` is a wallet
+    that doesn't cover the difference.
     """
     parts = books.lots.take(selection, None)
     held_amount = total(parts)
     delta = EXACT.subtract(amount, held_amount)
+    if not source.is_system:
+        require(source.balance, delta, code="insufficient_program_balance", what="program balance")
     if not parts:
         entry = credit(books, position, cause, amount, source, expires_at=expires_at, matures_at=matures_at)
         return Settlement(entry, held_amount, delta)

@@ -11,15 +11,15 @@ from sqlalchemy import update
 from sqlmodel import col
 
 from db.session import Database
-from db.tables import Asset, Participant, Program
+from db.tables import Asset, Group, Participant, Program
 from domain import balances, wallet
-from domain.balances import AdjustRequest, Holder, AdjustResult
+from domain.balances import AdjustRequest, AdjustResult, Holder
 from domain.errors import Refusal
 from domain.ids import new_id
 from domain.ledger import queries
 from domain.pagination import PageRequest
 from domain.wallet import WalletRequest
-from tests.builders import Shop, d, make_asset, make_participant, make_program, open_shop
+from tests.builders import Shop, d, make_asset, make_group, make_participant, make_program, open_shop
 from tests.conftest import Tenant
 from tests.ledger_invariants import assert_ledger_invariants
 
@@ -239,13 +239,56 @@ async def test_ids_of_another_organization_are_unknown(
         assert refused.value.code == "not_found"
 
 
-async def test_lots_and_the_held_bucket_are_not_supported_yet(database: Database, organization: Tenant) -> None:
+async def test_a_credit_into_held_reserves_it_and_a_debit_takes_it_from_there(
+    database: Database, organization: Tenant
+) -> None:
+    shop = await open_shop(database, organization.id)
+    await adjust(database, organization, shop.alice, an_adjust(shop, bucket="HELD"))
+
+    debited = await adjust(database, organization, shop.alice, an_adjust(shop, "DEBIT", "4", bucket="HELD"))
+
+    assert (debited.balance.available, debited.balance.held) == (0, 6)
+    assert await postings_of(database, organization, debited.journal_entry_id) == [
+        ("PARTICIPANT", shop.alice, "HELD", "-4"),
+        ("SYSTEM_BREAKAGE", None, "AVAILABLE", "4"),
+    ]
+    too_much = an_adjust(shop, "DEBIT", "6.01", bucket="HELD")
+    assert await refusal_of(database, organization, shop, too_much) == "insufficient_balance"
+
+
+async def test_held_cannot_go_below_zero(database: Database, organization: Tenant) -> None:
+    shop = await open_shop(database, organization.id)
+    overdrawing = an_adjust(shop, "DEBIT", bucket="HELD", allow_negative=True)
+
+    assert await refusal_of(database, organization, shop, overdrawing) == "bad_request"
+
+    accepted = an_adjust(shop, "CREDIT", bucket="HELD", allow_negative=True)
+    assert (await adjust(database, organization, shop.alice, accepted)).balance.held == 10
+
+
+async def test_a_group_is_credited_and_debited_like_a_participant(database: Database, organization: Tenant) -> None:
     shop = await open_shop(database, organization.id)
     async with database.transaction(organization.id) as tx:
-        lots = await make_asset(tx, shop.program_id, inventory_mode="LOT")
+        group = Holder("GROUP", await make_group(tx))
 
-    assert await refusal_of(database, organization, shop, an_adjust(replace(shop, asset_id=lots))) == "bad_request"
-    assert await refusal_of(database, organization, shop, an_adjust(shop, bucket="HELD")) == "bad_request"
+    async def adjust_group(type: Any, amount: str) -> AdjustResult:
+        async with database.transaction(organization.id) as tx:
+            return await balances.adjust(tx, group, an_adjust(shop, type, amount))
+
+    result = await adjust_group("CREDIT", "10")
+
+    assert await postings_of(database, organization, result.journal_entry_id) == [
+        ("SYSTEM_ISSUANCE", None, "AVAILABLE", "-10"),
+        ("GROUP", group.id, "AVAILABLE", "10"),
+    ]
+    with pytest.raises(Refusal) as refused:
+        await adjust_group("DEBIT", "10.01")
+    assert refused.value.code == "insufficient_balance"
+    async with database.transaction(organization.id) as tx:
+        await tx.run(update(Group).where(col(Group.id) == group.id).values(status="ARCHIVED"))
+    with pytest.raises(Refusal) as refused:
+        await adjust_group("DEBIT", "1")
+    assert refused.value.code == "group_archived"
 
 
 async def test_a_replay_names_the_same_entry_and_shows_the_balance_of_now(
@@ -265,7 +308,7 @@ async def test_a_replay_names_the_same_entry_and_shows_the_balance_of_now(
 
 @pytest.mark.parametrize(
     "change",
-    [{"amount": "11"}, {"type": "DEBIT"}, {"description": "another"}, {"allow_negative": True}],
+    [{"amount": "11"}, {"type": "DEBIT"}, {"description": "another"}, {"bucket": "HELD"}, {"allow_negative": True}],
     ids=lambda change: next(iter(change)),
 )
 async def test_a_key_with_another_payload_conflicts(

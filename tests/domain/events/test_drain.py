@@ -75,7 +75,7 @@ async def test_a_drain_reports_when_the_next_event_falls_due(program: EventProgr
 
 
 async def test_a_drain_of_an_empty_queue_does_nothing(program: EventProgram) -> None:
-    assert await drained(program) == DrainResult(0, 0, 0, None)
+    assert await drained(program) == DrainResult(0, 0, 0, None, is_paused=False)
 
 
 async def test_a_drain_promises_to_look_and_takes_it_back(program: EventProgram) -> None:

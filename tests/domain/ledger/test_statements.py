@@ -176,6 +176,28 @@ async def test_an_overdraft_runs_below_zero(desk: Desk) -> None:
     assert statement.closing_balance == d("-15.5")
 
 
+async def test_a_transfer_shows_on_both_statements(desk: Desk, database: Database, organization: Tenant) -> None:
+    """Example 4 of webhooks-and-reports.md 18."""
+    await desk.move([("AVAILABLE", "50")])
+    async with database.transaction(organization.id) as tx:
+        bob = await make_participant(tx)
+    async with database.transaction(organization.id) as tx:
+        await lock_participants(tx, sorted([desk.shop.alice, bob]))
+        books = await load_accounts(tx, [desk.shop.alice, bob], [desk.shop.asset_id])
+        source, target = (
+            books.account("PARTICIPANT", holder, desk.shop.asset_id, "AVAILABLE") for holder in (desk.shop.alice, bob)
+        )
+        books.post("TRANSFER", [(source, d("-20")), (target, d("20"))], program_id=desk.shop.program_id)
+        await write(tx, books)
+
+    _, rows = await desk.whole_statement()
+    assert running(rows) == [("50", "50"), ("-20", "30")]
+    desk.entity_id = bob
+    _, rows = await desk.whole_statement()
+    assert running(rows) == [("20", "20")]
+    assert rows[0].line.action_type == "TRANSFER"
+
+
 async def test_a_holder_that_was_never_touched_has_an_empty_statement(desk: Desk) -> None:
     statement, rows = await desk.whole_statement()
 
@@ -211,7 +233,7 @@ async def test_what_is_unknown_is_not_found(desk: Desk) -> None:
         await desk.history(asset_id=new_id())
     desk.entity_id = new_id()
     for kind in ("participant", "group", "program"):
-        desk.kind = kind  # type: ignore[assignment]
+        desk.kind = kind
         with pytest.raises(Refusal, match=f"{kind} not found"):
             await desk.statement()
         with pytest.raises(Refusal, match=f"{kind} not found"):
