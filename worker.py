@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -16,7 +16,9 @@ from temporalio.service import RPCError
 from temporalio.worker import Worker
 
 from activities.events import EventActivities
+from activities.holds import DueHoldActivities, HoldActivities
 from activities.ledger import LedgerActivities
+from activities.upkeep import ReconcileActivities, ReconcileReport, UpkeepActivities
 from db.session import Database, DatabaseUnavailable
 from domain import limits
 from domain.clock import Clock, system_clock
@@ -26,40 +28,117 @@ from settings import Settings, get_settings
 from workflows import queues
 from workflows.event_processing import EventProcessing
 from workflows.gateway import Gateway, connect, register_search_attributes
+from workflows.hold import Hold
+from workflows.hold_ends import HoldEnds
 from workflows.ledger_verification import LedgerVerification, NightlyVerification
-from workflows.reconcile import find_lost_wakes, reconcile
+from workflows.reconcile import find_lost_wakes, reconcile, reconcile_holds
 from workflows.schedules import ensure_schedules
+from workflows.upkeep import DriftCheck, Reconcile, Upkeep
 
 logger = logging.getLogger("scrip.worker")
 
-WORKFLOWS: Sequence[type] = (EventProcessing, LedgerVerification, NightlyVerification)
+WORKFLOWS: Sequence[type] = (
+    EventProcessing,
+    Hold,
+    HoldEnds,
+    LedgerVerification,
+    NightlyVerification,
+    Upkeep,
+    Reconcile,
+    DriftCheck,
+)
 
 
-def build_worker(client: Client, settings: Settings, clock: Clock, executor: ThreadPoolExecutor) -> Worker:
-    """A worker that serves every queue with every workflow and activity. `executor` bounds the drains at once."""
-    events = EventActivities(
-        settings.database_url.get_secret_value(),
-        clock,
-        RetryPolicy(settings.max_attempts, settings.retry_schedule_s),
-    )
-    ledger = LedgerActivities(settings.database_url.get_secret_value(), clock)
-    activities: list[Any] = [
+class Workers:
+    """One Temporal worker per task queue, and the database that steps on the event loop share.
+
+    An asynchronous context: it serves from its beginning to its end.
+    """
+
+    def __init__(self, database: Database, workers: Sequence[Worker]) -> None:
+        self._database = database
+        self._workers = workers
+        self._serving = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> "Workers":
+        """Open the database and poll."""
+        await self._database.open()
+        self._serving.push_async_callback(self._database.close)
+        for worker in self._workers:
+            await self._serving.enter_async_context(worker)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Let activities under way finish, then close the database."""
+        await self._serving.aclose()
+
+
+def build_worker(client: Client, settings: Settings, clock: Clock, executor: ThreadPoolExecutor) -> Workers:
+    """Workers that serve every queue with every workflow and activity. `executor` bounds the drains at once."""
+    url = settings.database_url.get_secret_value()
+    events = EventActivities(url, clock, RetryPolicy(settings.max_attempts, settings.retry_schedule_s))
+    ledger = LedgerActivities(url, clock)
+    due_holds = DueHoldActivities(url, clock)
+    upkeep = UpkeepActivities(url, clock)
+    in_threads: list[Any] = [
         events.drain_events,
         events.set_processing_paused,
         ledger.begin_verification,
         ledger.verify_entries,
         ledger.abandon_verification,
         ledger.list_organizations,
+        due_holds.end_due,
+        upkeep.sweep,
+        upkeep.maintain,
+        upkeep.find_drift,
     ]
-    return Worker(
-        client,
-        task_queue=queues.LEDGER,
-        workflows=WORKFLOWS,
-        activities=activities,
-        activity_executor=executor,
-        max_concurrent_activities=settings.worker_drains,
-        graceful_shutdown_timeout=timedelta(seconds=15),
+    database = Database(url, size=settings.database_pool_size, timeout_s=settings.database_pool_timeout_s, clock=clock)
+    holds = HoldActivities(database)
+    on_the_loop: list[Any] = [
+        holds.reserve_hold,
+        holds.find_hold,
+        holds.end_hold,
+        ReconcileActivities(_reconciler(client, settings, database)).reconcile,
+    ]
+    return Workers(
+        database,
+        [
+            Worker(
+                client,
+                task_queue=queues.LEDGER,
+                workflows=WORKFLOWS,
+                activities=in_threads,
+                activity_executor=executor,
+                max_concurrent_activities=settings.worker_drains,
+                graceful_shutdown_timeout=timedelta(seconds=15),
+            ),
+            Worker(
+                client,
+                task_queue=queues.LIFECYCLE,
+                workflows=WORKFLOWS,
+                activities=on_the_loop,
+                max_concurrent_activities=4 * settings.database_pool_size,
+                graceful_shutdown_timeout=timedelta(seconds=15),
+            ),
+        ],
     )
+
+
+def _reconciler(
+    client: Client, settings: Settings, database: Database
+) -> Callable[[Callable[[], None]], Awaitable[ReconcileReport]]:
+    async def connected() -> Client:
+        return client
+
+    gateway = Gateway(connected, timeout_s=settings.temporal_timeout_s)
+
+    async def run_reconcile(progress: Callable[[], None]) -> ReconcileReport:
+        queues_woken = await reconcile(database, gateway)
+        progress()
+        holds = await reconcile_holds(database, gateway, progress)
+        return ReconcileReport(queues_woken, holds.started, holds.woken)
+
+    return run_reconcile
 
 
 async def keep_reconciled(database: Database, gateway: Gateway) -> None:
@@ -73,6 +152,15 @@ async def keep_reconciled(database: Database, gateway: Gateway) -> None:
         except (DatabaseUnavailable, RPCError, RuntimeError) as error:
             logger.warning("looking for lost wakes failed, trying again: %s", error)
         await asyncio.sleep(limits.LOST_WAKE_INTERVAL_S)
+
+
+async def start_missing_holds(database: Database, gateway: Gateway) -> None:
+    """Start the workflows of holds that Temporal lacks, once; a schedule does it again every five minutes."""
+    try:
+        holds = await reconcile_holds(database, gateway)
+        logger.info("started the workflows of %d holds, woke HoldEnds of %d programs", holds.started, holds.woken)
+    except (DatabaseUnavailable, RPCError, RuntimeError) as error:
+        logger.warning("looking for holds without a workflow failed: %s", error)
 
 
 async def run(settings: Settings) -> None:
@@ -90,16 +178,19 @@ async def run(settings: Settings) -> None:
     await database.open()
     gateway = Gateway.from_settings(settings)
     executor = ThreadPoolExecutor(settings.worker_drains, thread_name_prefix="drain")
-    timer = asyncio.create_task(keep_reconciled(database, gateway))
+    timers = [
+        asyncio.create_task(keep_reconciled(database, gateway)),
+        asyncio.create_task(start_missing_holds(database, gateway)),
+    ]
     async with build_worker(client, settings, system_clock, executor):
         if settings.worker_ready_file is not None:
             settings.worker_ready_file.touch()
         logger.info("worker is polling")
         await stop.wait()
         logger.info("worker is stopping")
-    timer.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await timer
+    for timer in timers:
+        timer.cancel()
+    await asyncio.gather(*timers, return_exceptions=True)
     await database.close()
 
 

@@ -29,7 +29,7 @@ class HoldRef:
 
 @dataclass(frozen=True)
 class HoldEndOrder:
-    """End this hold: because it is `due`, or by an operator's `order`. A `program_id` guards against a wrong hold id."""
+    """End this hold: because it is `due`, or by an operator's `order`; only if it is of `program_id`, where given."""
 
     organization_id: UUID
     hold_id: UUID

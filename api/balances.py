@@ -1,13 +1,19 @@
 """Balance operations on participants and groups over HTTP. Contract: holders.md 4.3 and 6."""
 
+import asyncio
+import time
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
+import structlog
 from fastapi import APIRouter
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
+from starlette.requests import Request
+from starlette.responses import Response
 
+from api.afterwards import Afterwards
 from api.models import (
     AmountText,
     Boolean,
@@ -20,9 +26,9 @@ from api.models import (
     omittable,
 )
 from api.responses import JsonResponse, respond_dict
-from api.route import Tx, make_router
+from api.route import ApiServices, Tx, make_router
 from db.session import Transaction
-from domain import balances
+from domain import balances, timed_holds
 from domain.balances import (
     LOT_IDS_PER_CALL,
     AdjustRequest,
@@ -36,10 +42,18 @@ from domain.balances import (
     OperationResult,
 )
 from domain.durations import MAX_TEXT_LENGTH, parse_duration
+from domain.errors import Refusal
 from domain.ledger.movements import HolderType
 from domain.money import format_amount
+from domain.timed_holds import Reservation
+from workflows.gateway import TemporalUnavailable
 
 router = make_router("Balances")
+
+logger = structlog.get_logger("scrip.api")
+
+# The rest of the wait is for asking the database what has become of the hold.
+_SHARE_OF_WAIT = 0.8
 
 AdjustBucket = Literal["AVAILABLE", "HELD"]
 
@@ -242,29 +256,78 @@ def _serve(router: APIRouter, path: str, holder_type: HolderType) -> None:
         return respond_dict(_adjusted(holder_type, body, result), replayed=result.replayed)
 
     @router.post(f"{path}/{{id}}/balances/hold", response_model=OperationOut)
-    async def hold_balance(tx: Tx, id: UUID, body: HoldBody) -> JsonResponse:
+    async def hold_balance(request: Request, tx: Tx, id: UUID, body: HoldBody) -> Response:
         """Reserve AVAILABLE value: it stays HELD until it is released or forfeited, or until the hold's end."""
         end = {"expires_at": body.expires_at, "expires_in": body.expires_in, "on_expiry": body.on_expiry}
-        return await _operate(tx, Holder(holder_type, id), body.request("HOLD", **end))
+        hold = body.request("HOLD", **end)
+        if hold.has_end:
+            return await make_timed_hold(tx, request.app.state.services, Holder(holder_type, id), hold)
+        return await _operate(tx, request.app.state.services, Holder(holder_type, id), hold)
 
     @router.post(f"{path}/{{id}}/balances/release", response_model=OperationOut)
-    async def release_balance(tx: Tx, id: UUID, body: OperationBody) -> JsonResponse:
+    async def release_balance(request: Request, tx: Tx, id: UUID, body: OperationBody) -> JsonResponse:
         """Bring HELD value back to AVAILABLE."""
-        return await _operate(tx, Holder(holder_type, id), body.request("RELEASE"))
+        return await _operate(tx, request.app.state.services, Holder(holder_type, id), body.request("RELEASE"))
 
     @router.post(f"{path}/{{id}}/balances/forfeit", response_model=OperationOut)
-    async def forfeit_balance(tx: Tx, id: UUID, body: ForfeitBody) -> JsonResponse:
+    async def forfeit_balance(request: Request, tx: Tx, id: UUID, body: ForfeitBody) -> JsonResponse:
         """Take value away for good."""
-        return await _operate(tx, Holder(holder_type, id), body.request("FORFEIT", bucket=body.bucket))
+        return await _operate(
+            tx, request.app.state.services, Holder(holder_type, id), body.request("FORFEIT", bucket=body.bucket)
+        )
 
     @router.post(f"{path}/{{id}}/balances/void-hold", response_model=OperationOut)
-    async def void_held_balance(tx: Tx, id: UUID, body: VoidHoldBody) -> JsonResponse:
+    async def void_held_balance(request: Request, tx: Tx, id: UUID, body: VoidHoldBody) -> JsonResponse:
         """Cancel provisional value: all of a reference goes back to where it came from."""
-        return await _operate(tx, Holder(holder_type, id), body.request("VOID_HOLD"))
+        return await _operate(tx, request.app.state.services, Holder(holder_type, id), body.request("VOID_HOLD"))
 
 
-async def _operate(tx: Transaction, holder: Holder, request: OperationRequest) -> JsonResponse:
+async def make_timed_hold(
+    tx: Transaction, services: ApiServices, holder: Holder, request: OperationRequest
+) -> Response:
+    """Make a hold with an end by its workflow. Contract: holders.md 6.8.
+
+    A replay costs no call of Temporal. Refused with `service_unavailable` when no worker made it in time; nothing is
+    reserved then, nor will be. Raises Refusal.
+    """
+    result = await balances.find_operation(tx, holder, request)
+    if result is not None:
+        return present_operation("HOLD", request.program_id, request.asset_id, request.reference_id, result)
+    wait_s = services.settings.temporal_timeout_s * _SHARE_OF_WAIT
+    reservation = await timed_holds.prepare(tx, holder, request, wait_s)
+    asked_at = time.monotonic()
+
+    async def work() -> Response:
+        try:
+            made = await services.gateway.make_hold(reservation, wait_s)
+        except TemporalUnavailable as error:
+            logger.warning("a hold was not answered in time", reason=str(error))
+            # Until its time is over it may still be made; after that the database knows.
+            await asyncio.sleep(asked_at + wait_s - time.monotonic())
+            made = await _outcome(services, reservation)
+        return present_operation("HOLD", request.program_id, request.asset_id, request.reference_id, made)
+
+    return Afterwards(work)
+
+
+async def _outcome(services: ApiServices, reservation: Reservation) -> OperationResult:
+    async with services.database.transaction(reservation.organization_id) as tx:
+        found = await timed_holds.outcome(tx, reservation)
+        if found is None:
+            # Rolls the transaction back, so the key stays unused.
+            raise Refusal("service_unavailable", "the hold could not be made in time; nothing is reserved")
+        return found
+
+
+def tell_ended_holds(tx: Transaction, services: ApiServices, result: OperationResult) -> None:
+    """Tell the workflows of the holds that this operation ended, after the commit and without waiting for it."""
+    if result.ended_holds:
+        tx.after_commit(lambda: services.gateway.tell_holds_ended(result.ended_holds))
+
+
+async def _operate(tx: Transaction, services: ApiServices, holder: Holder, request: OperationRequest) -> JsonResponse:
     result = await balances.operate(tx, holder, request)
+    tell_ended_holds(tx, services, result)
     return present_operation(request.operation, request.program_id, request.asset_id, request.reference_id, result)
 
 

@@ -5,8 +5,9 @@ from uuid import UUID
 
 from fastapi import Query
 from pydantic import Field
+from starlette.requests import Request
 
-from api.balances import OperationOut, present_operation
+from api.balances import OperationOut, present_operation, tell_ended_holds
 from api.models import (
     AmountText,
     Description,
@@ -19,7 +20,7 @@ from api.models import (
 )
 from api.queries import PageOf50, listed
 from api.responses import JsonResponse
-from api.route import Tx, make_router
+from api.route import ApiServices, Tx, make_router
 from db.session import Transaction
 from domain import holds
 from domain.balances import OnExpiry
@@ -97,19 +98,20 @@ async def get_hold(tx: Tx, id: UUID) -> HoldOut:
 
 
 @router.post("/holds/{id}/release", response_model=OperationOut)
-async def release_hold(tx: Tx, id: UUID, body: HoldEndBody) -> JsonResponse:
+async def release_hold(request: Request, tx: Tx, id: UUID, body: HoldEndBody) -> JsonResponse:
     """Bring what this hold reserves back to AVAILABLE."""
-    return await _end(tx, id, body.request("RELEASE"))
+    return await _end(tx, request.app.state.services, id, body.request("RELEASE"))
 
 
 @router.post("/holds/{id}/forfeit", response_model=OperationOut)
-async def forfeit_hold(tx: Tx, id: UUID, body: HoldEndBody) -> JsonResponse:
+async def forfeit_hold(request: Request, tx: Tx, id: UUID, body: HoldEndBody) -> JsonResponse:
     """Take away for good what this hold reserves."""
-    return await _end(tx, id, body.request("FORFEIT"))
+    return await _end(tx, request.app.state.services, id, body.request("FORFEIT"))
 
 
-async def _end(tx: Transaction, hold_id: UUID, request: HoldEnd) -> JsonResponse:
+async def _end(tx: Transaction, services: ApiServices, hold_id: UUID, request: HoldEnd) -> JsonResponse:
     hold, result = await holds.end(tx, hold_id, request)
+    tell_ended_holds(tx, services, result)
     return present_operation(request.operation, hold.program_id, hold.asset_id, None, result)
 
 

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope
 
+from api.afterwards import Afterwards
 from api.backlog import BacklogGauge
 from api.context import RequestContext, context_of
 from api.errors import ERROR_RESPONSES
@@ -100,7 +101,8 @@ class TransactionalRoute(APIRoute):
                             if takes_body:
                                 api_request.parse()
                         api_request.state.tx = tx
-                        return await handle(api_request)
+                        response = await handle(api_request)
+                    return await response.work() if isinstance(response, Afterwards) else response
                 except REPEATABLE as error:
                     logger.info("request repeated", request_id=context.request_id, attempt=attempt, reason=str(error))
             raise DatabaseUnavailable("too many conflicting transactions")

@@ -35,6 +35,10 @@ class Endpoint:
         """A POST of JSON, byte by byte as it is sent."""
         return self._request("POST", path, body)
 
+    def put(self, path: str, body: bytes) -> bytes:
+        """A PUT of JSON, byte by byte as it is sent."""
+        return self._request("PUT", path, body)
+
     def get(self, path: str) -> bytes:
         """A GET, byte by byte as it is sent."""
         return self._request("GET", path, b"")

@@ -475,7 +475,11 @@ class Posting(SQLModel, table=True):
 
 
 class ChainHead(SQLModel, table=True):
-    """The newest entry of an organization's hash chain; its row lock orders the ledger."""
+    """The newest entry of an organization's hash chain; its row lock orders the ledger.
+
+    `created_at` is the latest instant spoken for: that of the newest entry, or a later one as of which a report was
+    given, so that no entry can come to lie before it (domain/ledger/moments.py).
+    """
 
     __tablename__: ClassVar[str] = "chain_head"
 

@@ -119,6 +119,7 @@ class OperationResult:
     """What an operation moved, and the balance after it (for a replay: the balance now).
 
     `lots` are the lots now in the target state, with the amounts moved, in FIFO order; None on SIMPLE assets.
+    `ended_holds` are the holds with a workflow of their own of which nothing remains now; empty for a replay.
     """
 
     replayed: bool
@@ -128,6 +129,7 @@ class OperationResult:
     scale: int
     lots: list[tuple[UUID, Decimal]] | None
     hold_id: UUID | None
+    ended_holds: tuple[UUID, ...] = ()
 
 
 async def adjust(tx: Transaction, holder: Holder, request: AdjustRequest) -> AdjustResult:
@@ -226,6 +228,7 @@ async def operate(tx: Transaction, holder: Holder, request: OperationRequest) ->
         terms.scale,
         [(part.lot.id, part.amount) for part in parts] if terms.has_lots else None,
         hold_id if request.operation == "HOLD" else request.named_hold,
+        tuple(hold.id for hold in books.holds.ended if hold.carrier == "WORKFLOW"),
     )
     await idempotency.remember(tx, request.program_id, operation, request.idempotency_key, _remembered(result))
     return result

@@ -29,19 +29,24 @@ logger = logging.getLogger("scrip.holds")
 Order = Literal["RELEASE", "FORFEIT"]
 """What is to become of what remains in a hold."""
 
+OWN: tuple[HoldCarrier, ...] = ("WORKFLOW",)
+CARRIED: tuple[HoldCarrier, ...] = ("PROGRAM",)
+ALL: tuple[HoldCarrier, ...] = OWN + CARRIED
+"""Who ends holds: workflows of their own, the programs' HoldEnds, both."""
+
 _FINAL_STATUS: dict[Order, HoldStatus] = {"RELEASE": "RELEASED", "FORFEIT": "FORFEITED"}
 
 _DUE = """
 select id from hold
 where organization_id = %s and program_id = %s and status = 'ACTIVE' and expires_at is not null and expires_at <= %s
-  and carrier = any(%s)
+  and carrier = any(%s) and kind <> 'REDEMPTION'
 order by expires_at, id limit %s
 """
 
 _NEXT_END = """
 select expires_at from hold
 where organization_id = %s and program_id = %s and status = 'ACTIVE' and expires_at is not null and expires_at > %s
-  and carrier = any(%s)
+  and carrier = any(%s) and kind <> 'REDEMPTION'
 order by expires_at, id limit 1
 """
 
@@ -51,7 +56,8 @@ select p.id, p.name from program p
 where p.organization_id = %(organization_id)s and exists (
     select from hold h
     where h.organization_id = %(organization_id)s and h.program_id = p.id and h.status = 'ACTIVE'
-      and h.expires_at is not null and h.expires_at <= %(until)s and h.carrier = any(%(carriers)s))
+      and h.expires_at is not null and h.expires_at <= %(until)s and h.carrier = any(%(carriers)s)
+      and h.kind <> 'REDEMPTION')
 order by p.id
 """
 
@@ -91,7 +97,7 @@ async def end_due_holds(
     *,
     at: datetime | None = None,
     until: datetime | None = None,
-    carriers: Collection[HoldCarrier] = ("PROGRAM",),
+    carriers: Collection[HoldCarrier] = CARRIED,
 ) -> EndedHolds:
     """End up to `limit` holds of a program that are due, the longest overdue first, in one transaction.
 

@@ -51,13 +51,18 @@ class Reserved:
     hold: HoldState
 
 
+def hold_id_of(program_id: UUID, idempotency_key: str) -> UUID:
+    """The id of the hold with an end that is made with this key: the same for every retry."""
+    return uuid5(_NAMESPACE, f"{program_id}:hold:{idempotency_key}")
+
+
 async def prepare(tx: Transaction, holder: Holder, request: OperationRequest, wait_s: float) -> Reservation:
     """The reservation that this request for a hold with an end asks for; it may be made for `wait_s` seconds from now.
 
-    With a key the hold's id is the same for every retry. Contract: README.md "Identifiers".
+    Contract: README.md "Identifiers".
     """
     key = request.idempotency_key
-    hold_id = new_id() if key is None else uuid5(_NAMESPACE, f"{request.program_id}:hold:{key}")
+    hold_id = new_id() if key is None else hold_id_of(request.program_id, key)
     cursor = await tx.execute("select clock_timestamp() + make_interval(secs => %s)", (wait_s,))
     row = await cursor.fetchone()
     assert row is not None

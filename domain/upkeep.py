@@ -16,7 +16,7 @@ from uuid import UUID
 
 from db.session import Database, Transaction
 from domain import limits
-from domain.hold_ends import end_due_holds, programs_with_ends
+from domain.hold_ends import ALL, end_due_holds, programs_with_ends
 from domain.ledger import movements
 from domain.ledger.books import Books
 from domain.ledger.holdings import load_lots_by_id
@@ -167,14 +167,12 @@ async def _sweep_holds(
     now = database.clock() if at is None else max(database.clock(), at)
     until = now - grace
     async with database.transaction(organization_id) as tx:
-        programs = await programs_with_ends(tx, until, ("WORKFLOW", "PROGRAM"))
+        programs = await programs_with_ends(tx, until, ALL)
     ended = 0
     for program_id, _ in programs:
         more = True
         while more:
-            batch = await end_due_holds(
-                database, organization_id, program_id, until=until, carriers=("WORKFLOW", "PROGRAM")
-            )
+            batch = await end_due_holds(database, organization_id, program_id, until=until, carriers=ALL)
             ended, more = ended + batch.ended, batch.more
             progress()
             if more and is_over():

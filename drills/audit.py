@@ -91,14 +91,17 @@ async def settled(platform: Platform, *program_ids: UUID, within_s: float = SETT
         await asyncio.sleep(POLL_S)
 
 
-async def moved_on(platform: Platform, program_id: UUID, done: int, *, after: float = 0.0) -> None:
-    """Wait until `done` events of the program have ended, looked at after this instant. Raises Broken."""
+async def moved_on(platform: Platform, program_id: UUID, done: int, *, after: float = 0.0) -> float:
+    """Wait until `done` events of the program have ended, looked at after the instant `after`; the instant of it.
+
+    Raises Broken after five minutes.
+    """
     deadline = time.monotonic() + SETTLE_LIMIT_S
     while True:
         progress = await progress_of(platform, program_id)
         now = time.monotonic()
         if progress is not None and progress.done >= done and now > after:
-            return
+            return now
         if now > deadline:
             raise Broken(f"only {progress} after {SETTLE_LIMIT_S:.0f} s, instead of {done} done")
         await asyncio.sleep(POLL_S)

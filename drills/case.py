@@ -26,17 +26,19 @@ class Sizes:
     same_keys_clients: int = 6
     contention_s: float = 60.0
     stall_s: float = 15.0
+    batch_to_strike: int = 2
 
 
 SHORT = Sizes(
-    point_events=400,
+    point_events=240,
     crash_events=1_500,
-    lost_temporal_events=400,
+    lost_temporal_events=240,
     poison_events=100,
-    same_keys_rounds=6,
+    same_keys_rounds=5,
     same_keys_clients=3,
-    contention_s=4.0,
+    contention_s=3.0,
     stall_s=3.0,
+    batch_to_strike=1,
 )
 
 

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 from domain.faults import POINTS
-from drills.audit import prove, settled
+from drills.audit import moved_on, prove, settled
 from drills.case import Broken, Case, Drill, Finding, Say, Sizes
 from drills.client import Client, client_of
 from drills.platform import Platform, Process
@@ -18,15 +18,15 @@ SLICES = 10
 
 API_POINTS = frozenset({"ingest.stored", "wake.sending"})
 
-# At which pass a fault strikes: past the first, where there are enough of them, so that something came before.
-PASSES = {"ingest.stored": 5, "batch.locked": 2, "batch.applied": 2, "batch.written": 2, "batch.committed": 2}
-PASSES |= {"ledger.written": 2, "event.applying": 100}
+# At which pass a fault strikes, other than the first, so that something came before it.
+PASSES = {"ingest.stored": 5, "event.applying": 100}
+BATCH_POINTS = frozenset({"batch.locked", "batch.applied", "batch.written", "batch.committed", "ledger.written"})
 
 
 async def kill_at(point: str, platform: Platform, sizes: Sizes, say: Say) -> Finding:
     """Kill the process at `point`, start it again at once."""
     process = _process(platform, point)
-    await _arm(platform, point, "kill")
+    await _arm(platform, point, "kill", sizes)
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(client_of(platform))
         program = await make_program(client, f"kill at {point}")
@@ -49,57 +49,72 @@ async def kill_at(point: str, platform: Platform, sizes: Sizes, say: Say) -> Fin
 async def stall_at(point: str, platform: Platform, sizes: Sizes, say: Say) -> Finding:
     """Let the process hang at `point` for longer than its heartbeat; for a worker, start a second one beside it."""
     process = _process(platform, point)
-    await _arm(platform, point, f"stall:{sizes.stall_s}")
-    async with client_of(platform) as client:
+    await _arm(platform, point, f"stall:{sizes.stall_s}", sizes)
+    async with client_of(platform) as client, asyncio.TaskGroup() as group:
         program = await make_program(client, f"stall at {point}")
         events = make_events(program, sizes.point_events)
-        first, second = events[: len(events) // 2], events[len(events) // 2 :]
         say("sending events")
-        sending = asyncio.create_task(offer(client, program, first))
+        sending = group.create_task(offer(client, program, events[: len(events) // 2]))
         stalled_at = await _during(sending, lambda: process.has_reached(point), say, point)
         if process is platform.worker:
             await platform.second_worker.start()
         await sending
-        say("stalled; sending the rest slowly, until long after its end")
-        await _offer_slowly(client, program, second, stalled_at + sizes.stall_s + 5)
-        say("waiting for the last event")
-        recovered = await settled(platform, program.id) - stalled_at
+        recovered = await _outlast(platform, client, program, events, stalled_at, sizes, say)
     say("comparing")
     await prove(platform, program, events)
-    return Finding(len(events), 1, recovered, f"{client.lost} calls lost, {client.unavailable} times 503")
+    return Finding(len(events), 1, recovered)
 
 
 async def stall_after_loss(platform: Platform, sizes: Sizes, say: Say) -> Finding:
     """Kill a worker; stall the next attempt, which takes events one by one, so that it overlaps with a third."""
     await platform.provide(worker_faults="batch.locked=kill@2")
     point = "batch.written"
-    async with client_of(platform) as client:
+    async with client_of(platform) as client, asyncio.TaskGroup() as group:
         program = await make_program(client, "stall after a loss")
         events = make_events(program, sizes.point_events)
-        first, second = events[: len(events) // 2], events[len(events) // 2 :]
         say("sending events")
-        sending = asyncio.create_task(offer(client, program, first))
+        sending = group.create_task(offer(client, program, events[: len(events) // 2]))
         await _during(sending, lambda: platform.worker.pid is None, say, "batch.locked")
         await platform.worker.start(f"{point}=stall:{sizes.stall_s}@20")
         say("killed; waiting for the attempt that will hang")
         stalled_at = await _during(sending, lambda: platform.worker.has_reached(point), say, point)
         await platform.second_worker.start()
-        await sending
-        say("stalled; sending the rest slowly, until long after its end")
-        await _offer_slowly(client, program, second, stalled_at + sizes.stall_s + 5)
-        say("waiting for the last event")
-        recovered = await settled(platform, program.id) - stalled_at
+        recovered = await _outlast(platform, client, program, events, stalled_at, sizes, say)
     say("comparing")
     await prove(platform, program, events)
     return Finding(len(events), 2, recovered)
+
+
+async def _outlast(
+    platform: Platform,
+    client: Client,
+    program: Program,
+    events: Sequence[Sent],
+    stalled_at: float,
+    sizes: Sizes,
+    say: Say,
+) -> float:
+    """Send the second half slowly, until long after the stall's end, and wait for the last event.
+
+    Returns the seconds from the stall until as many events as the first half has were done.
+    """
+    say("stalled; sending the rest slowly, until long after its end")
+    half = len(events) // 2
+    async with asyncio.TaskGroup() as group:
+        caught_up = group.create_task(moved_on(platform, program.id, half))
+        await _offer_slowly(client, program, events[half:], stalled_at + sizes.stall_s + 5)
+        say("waiting for the last event")
+        await settled(platform, program.id)
+    return caught_up.result() - stalled_at
 
 
 def _process(platform: Platform, point: str) -> Process:
     return platform.api if point in API_POINTS else platform.worker
 
 
-async def _arm(platform: Platform, point: str, action: str) -> None:
-    fault = f"{point}={action}@{PASSES.get(point, 1)}"
+async def _arm(platform: Platform, point: str, action: str, sizes: Sizes) -> None:
+    at_pass = sizes.batch_to_strike if point in BATCH_POINTS else PASSES.get(point, 1)
+    fault = f"{point}={action}@{at_pass}"
     if point in API_POINTS:
         await platform.provide(api_faults=fault)
     else:

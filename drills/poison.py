@@ -28,15 +28,15 @@ async def run(platform: Platform, sizes: Sizes, say: Say) -> Finding:
         fault = f"event.applying[{poison}]=kill"
         await platform.provide(worker_faults=fault)
         say("sending events")
-        begun = time.monotonic()
-        waiting = asyncio.create_task(_send_and_settle(platform, client, program, events))
-        deaths = 0
-        while not waiting.done():
-            if platform.worker.pid is None:
-                deaths += 1
-                say(f"the worker died for the {deaths}. time; starting it again, as armed as before")
-                await platform.worker.revive(fault)
-            await asyncio.sleep(LOOK_EVERY_S)
+        begun, deaths = time.monotonic(), 0
+        async with asyncio.TaskGroup() as group:
+            waiting = group.create_task(_send_and_settle(platform, client, program, events))
+            while not waiting.done():
+                if platform.worker.pid is None:
+                    deaths += 1
+                    say(f"the worker died {deaths} times; starting it again, as armed as before")
+                    await platform.worker.revive(fault)
+                await asyncio.sleep(LOOK_EVERY_S)
         recovered = waiting.result() - begun
     say("comparing")
     await prove(platform, program, events, refused={events[at].key: ERROR})

@@ -165,6 +165,8 @@ class EmbeddedPostgres:
         with psycopg.connect(self._url(SUPERUSER, SUPERUSER), autocommit=True) as connection:
             for role in (OWNER, APP):
                 self._provision_role(connection, role)
+            # Whoever looks after the database may see what it is doing; the application may not.
+            connection.execute(sql.SQL("GRANT pg_read_all_stats TO {}").format(sql.Identifier(OWNER)))
             exists = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [DATABASE]).fetchone()
             if exists is None:
                 statement = sql.SQL("CREATE DATABASE {} OWNER {}")

@@ -5,22 +5,23 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 from db.session import Database, Transaction
-from domain import balances, gates, wallet
+from domain import balances, gates, holds, wallet
 from domain.balances import AdjustRequest, AdjustResult, Holder, Operation, OperationRequest, OperationResult
 from domain.gates import Terms
+from domain.holds import HoldEnd
 from domain.ids import new_id
 from domain.ledger import movements, queries
 from domain.ledger.books import Books
 from domain.ledger.holdings import load_holds, load_lots
 from domain.ledger.journal import load_accounts, write
-from domain.ledger.lots import Selection
 from domain.ledger.movements import Cause, HoldTerms, Position, Settlement
 from domain.locks import lock_groups, lock_participants, lock_programs
 from domain.money import format_plain
+from domain.upkeep import process_due_lots
 from domain.wallet import WalletRequest
 from tests.builders import Shop
 
@@ -178,20 +179,22 @@ class Desk:
             )
 
     async def mature_due(self) -> int:
-        """Bring every DEFERRED lot that is due to AVAILABLE; how many entries that took."""
-        async with self._posting() as (tx, terms, books):
-            selection = Selection(self.holder.id, self.asset_id, "DEFERRED")
-            await load_lots(tx, books.lots, selection, None)
-            for lot in list(books.lots.matching(selection)):
-                if lot.matures_at is not None and lot.matures_at <= tx.now:
-                    movements.mature(books, self._position(terms), lot, tx.now)
-            return len(books.entries)
+        """Upkeep's maturities, of the whole organization; how many entries that took."""
+        written, _ = await process_due_lots(self.database, self.organization_id, "MATURITY")
+        return written
 
     async def expire_due(self) -> int:
-        """Book every AVAILABLE lot past its expiry; how many entries that took."""
-        async with self._posting() as (tx, terms, books):
-            await load_lots(tx, books.lots, Selection(self.holder.id, self.asset_id, "AVAILABLE"), None)
-            return len(movements.expire_due(books, self._position(terms), tx.now))
+        """Upkeep's expiries, of the whole organization; how many entries that took."""
+        written, _ = await process_due_lots(self.database, self.organization_id, "EXPIRY")
+        return written
+
+    async def end(
+        self, hold_id: UUID, operation: Literal["RELEASE", "FORFEIT"], amount: str | None = None, key: str | None = None
+    ) -> OperationResult:
+        """Release or forfeit one hold by its id."""
+        request = HoldEnd(operation=operation, description="by id", amount=amount, idempotency_key=key)
+        async with self.database.transaction(self.organization_id) as tx:
+            return (await holds.end(tx, hold_id, request))[1]
 
     @asynccontextmanager
     async def _posting(self, reference_id: str | None = None) -> AsyncIterator[tuple[Transaction, Terms, Books]]:

@@ -17,7 +17,7 @@ from temporalio.common import (
     WorkflowIDReusePolicy,
 )
 from temporalio.contrib.pydantic import pydantic_data_converter
-from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
+from temporalio.exceptions import ApplicationError, TemporalError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
 from domain import limits
@@ -41,7 +41,6 @@ _PAUSE_S = 0.1
 
 class TemporalUnavailable(Exception):
     """Temporal, or a worker behind it, didn't answer in time."""
-
 
 
 async def connect(settings: Settings, *, lazy: bool = False) -> Client:
@@ -69,6 +68,7 @@ class Gateway:
         self._timeout = timedelta(seconds=timeout_s)
         self._open_calls = asyncio.Semaphore(limits.OPEN_TEMPORAL_CALLS)
         # Updates wait for a worker: where there is none they must not keep wakes from going out.
+        self._telling: set[asyncio.Task[None]] = set()
         self._open_updates = asyncio.Semaphore(limits.OPEN_TEMPORAL_UPDATES)
         self._searchable = False
         self._ask_again_at = 0.0
@@ -136,21 +136,29 @@ class Gateway:
         Raises Refusal for what the contract refuses, and TemporalUnavailable where no answer came within `wait_s`:
         whether the hold was made has then to be asked of the database.
         """
+        ends_at = time.monotonic() + wait_s
         try:
-            async with asyncio.timeout(wait_s), self._open_updates:
-                while True:
-                    try:
-                        return await self._reserve(reservation, timedelta(seconds=wait_s))
-                    except RPCError as error:
-                        # Out of reach, or the run that would have taken it was just ending. Repeating is safe.
-                        logger.info("a hold's workflow was not reached, trying again: %s", error)
-                        await asyncio.sleep(_PAUSE_S)
+            async with asyncio.timeout(wait_s):
+                await self._open_updates.acquire()
+        except TimeoutError as error:
+            raise TemporalUnavailable("too many calls are waiting") from error
+        try:
+            while True:
+                try:
+                    return await self._reserve(reservation, max(ends_at - time.monotonic(), _PAUSE_S))
+                except RPCError:
+                    # Out of reach, or the run that would have taken it was just ending. Repeating is safe.
+                    if time.monotonic() + _PAUSE_S > ends_at:
+                        raise
+                    await asyncio.sleep(_PAUSE_S)
         except WorkflowUpdateFailedError as error:
             raise _refusal_of(error) or TemporalUnavailable(str(error.cause or error)) from error
-        except (TimeoutError, RPCError, RuntimeError) as error:
-            raise TemporalUnavailable(str(error) or "no answer in time") from error
+        except (TemporalError, RuntimeError) as error:
+            raise TemporalUnavailable(str(error)) from error
+        finally:
+            self._open_updates.release()
 
-    async def _reserve(self, reservation: Reservation, timeout: timedelta) -> OperationResult:
+    async def _reserve(self, reservation: Reservation, wait_s: float) -> OperationResult:
         client = await self.client()
         request, holder = reservation.request, reservation.holder
         end = request.expires_at
@@ -170,7 +178,11 @@ class Gateway:
             ),
         )
         return await client.execute_update_with_start_workflow(
-            Hold.reserve, reservation, start_workflow_operation=start, id=str(uuid4()), rpc_timeout=timeout
+            Hold.reserve,
+            reservation,
+            start_workflow_operation=start,
+            id=str(uuid4()),
+            rpc_timeout=timedelta(seconds=wait_s),
         )
 
     async def carry_hold(self, organization_id: UUID, carried: CarriedHold) -> bool:
@@ -210,12 +222,27 @@ class Gateway:
             )
             return {UUID(running.id.partition("/")[2]) async for running in found}
 
-    async def tell_hold(self, hold_id: UUID) -> None:
-        """Tell a hold's workflow that the hold may have ended. Raises RPCError, also where no workflow runs."""
-        async with self._open_calls:
-            client = await self.client()
-            handle = client.get_workflow_handle(hold.workflow_id(hold_id))
-            await handle.signal(Hold.look, rpc_timeout=self._timeout)
+    def tell_holds_ended(self, hold_ids: Collection[UUID]) -> None:
+        """Let the workflows of holds that have ended end too, in the background. Returns at once.
+
+        What isn't told (Temporal is out of reach, too many are being told) costs nothing but a workflow that waits for
+        the hold's end and finds nothing to do.
+        """
+        for hold_id in hold_ids:
+            if len(self._telling) >= limits.OPEN_TEMPORAL_CALLS:
+                return
+            task = asyncio.create_task(self._tell_hold(hold_id))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
+    async def _tell_hold(self, hold_id: UUID) -> None:
+        try:
+            async with self._open_calls:
+                client = await self.client()
+                handle = client.get_workflow_handle(hold.workflow_id(hold_id))
+                await handle.signal(Hold.look, rpc_timeout=self._timeout)
+        except (TemporalError, RuntimeError) as error:
+            logger.info("the workflow of hold %s was not told of its end: %s", hold_id, error)
 
     async def wake_hold_ends(self, organization_id: UUID, program_id: UUID, program_name: str) -> None:
         """Tell the program's HoldEnds that there may be new holds with an end, starting it if it isn't running.

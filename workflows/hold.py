@@ -58,7 +58,7 @@ class Hold:
         self._look = False
         self._cancelled = False
 
-    @workflow.update(description="Make the hold. For the API only.")
+    @workflow.update
     async def reserve(self, reservation: Reservation) -> OperationResult:
         """Make the hold; what it did. Raises ApplicationError whose type is a refusal's code."""
         try:

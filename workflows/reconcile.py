@@ -4,20 +4,34 @@ Temporal's state can be thrown away: a restored backup, a terminated workflow, a
 the same case, and this is what mends it (`scrip reconcile`, every worker's start, and a timer in every worker).
 """
 
+import asyncio
 import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 from temporalio.service import RPCError, RPCStatusCode
 
 from db.session import Database
 from domain import limits
 from domain.events.drain import lane_of, programs_with_events_due_at
+from domain.hold_ends import CARRIED, OWN, carried_holds, programs_with_ends
+from domain.ledger.verifications import organizations_after
 from workflows.gateway import Gateway
 
 logger = logging.getLogger("scrip.temporal")
 
 _OUT_OF_REACH = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.CANCELLED)
 _END_OF_TIME = datetime(9999, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class CarriedHolds:
+    """How many workflows of single holds were missing and started, and how many programs' HoldEnds were woken."""
+
+    started: int
+    woken: int
 
 
 async def reconcile(database: Database, gateway: Gateway) -> int:
@@ -34,6 +48,53 @@ async def find_lost_wakes(database: Database, gateway: Gateway) -> int:
     Raises DatabaseUnavailable, or RPCError when Temporal is out of reach.
     """
     return await _wake(database, gateway, database.clock() - timedelta(seconds=limits.LOST_WAKE_AGE_S))
+
+
+async def reconcile_holds(
+    database: Database, gateway: Gateway, progress: Callable[[], None] = lambda: None
+) -> CarriedHolds:
+    """Start what is missing: the workflow of every hold that has one, HoldEnds of every program that carries holds.
+
+    Ends need none of it, as upkeep ends what is overdue; but operators find and steer holds by their workflows. The
+    workflow of a hold that isn't active any more ends by itself. `progress` is called after every page of holds.
+    Raises DatabaseUnavailable, or RPCError when Temporal is out of reach.
+    """
+    started = woken = 0
+    async for organization_id in _organizations(database):
+        async with database.transaction(organization_id) as tx:
+            with_own = await programs_with_ends(tx, _END_OF_TIME, OWN)
+            carrying = await programs_with_ends(tx, _END_OF_TIME, CARRIED)
+        for program_id, name in carrying:
+            await gateway.wake_hold_ends(organization_id, program_id, name)
+            woken += 1
+        for program_id, _ in with_own:
+            started += await _start_holds(database, gateway, organization_id, program_id, progress)
+        progress()
+    return CarriedHolds(started, woken)
+
+
+async def _start_holds(
+    database: Database, gateway: Gateway, organization_id: UUID, program_id: UUID, progress: Callable[[], None]
+) -> int:
+    started, after = 0, None
+    while True:
+        async with database.transaction(organization_id) as tx:
+            page = await carried_holds(tx, program_id, after)
+        if not page:
+            return started
+        running = await gateway.running_holds([hold.id for hold in page])
+        missing = [hold for hold in page if hold.id not in running]
+        started += sum(await asyncio.gather(*(gateway.carry_hold(organization_id, hold) for hold in missing)))
+        after = page[-1]
+        progress()
+
+
+async def _organizations(database: Database) -> AsyncIterator[UUID]:
+    after: UUID | None = None
+    while page := await organizations_after(database, after, limits.ORGANIZATIONS_PER_PAGE):
+        for organization_id in page:
+            yield organization_id
+        after = page[-1]
 
 
 async def _wake(database: Database, gateway: Gateway, due_at: datetime) -> int:

@@ -7,6 +7,7 @@ one is paused is the operator's, and stays.
 import logging
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 from temporalio.client import (
     Client,
@@ -14,6 +15,7 @@ from temporalio.client import (
     ScheduleActionStartWorkflow,
     ScheduleAlreadyRunningError,
     ScheduleCalendarSpec,
+    ScheduleIntervalSpec,
     ScheduleOverlapPolicy,
     SchedulePolicy,
     ScheduleRange,
@@ -24,7 +26,7 @@ from temporalio.client import (
 from temporalio.common import Priority
 from temporalio.service import RPCError
 
-from workflows import ledger_verification, queues
+from workflows import ledger_verification, queues, upkeep
 from workflows.gateway import has_search_attributes
 from workflows.ledger_verification import LOW_PRIORITY_KEY, NightlyInput, NightlyVerification
 
@@ -50,7 +52,52 @@ def _nightly_verification(searchable: bool) -> Schedule:
     )
 
 
-SCHEDULES: dict[str, Callable[[bool], Schedule]] = {ledger_verification.NIGHTLY_ID: _nightly_verification}
+def _upkeep(workflow: Any, workflow_id: str, summary: str, *, every: timedelta, jitter: timedelta) -> Schedule:
+    return Schedule(
+        action=ScheduleActionStartWorkflow(
+            workflow, upkeep.UpkeepInput(), id=workflow_id, task_queue=queues.LEDGER, static_summary=summary
+        ),
+        spec=ScheduleSpec(intervals=[ScheduleIntervalSpec(every=every)], jitter=jitter),
+        policy=SchedulePolicy(overlap=ScheduleOverlapPolicy.SKIP, catchup_window=timedelta(minutes=5)),
+    )
+
+
+def _due_lots(_searchable: bool) -> Schedule:
+    return _upkeep(
+        upkeep.Upkeep.run,
+        upkeep.UPKEEP_ID,
+        "Maturities, expiries, overdue ends of holds",
+        every=timedelta(seconds=30),
+        jitter=timedelta(seconds=5),
+    )
+
+
+def _reconcile(_searchable: bool) -> Schedule:
+    return _upkeep(
+        upkeep.Reconcile.run,
+        upkeep.RECONCILE_ID,
+        "Start what Temporal lacks",
+        every=timedelta(minutes=5),
+        jitter=timedelta(seconds=30),
+    )
+
+
+def _drift_check(_searchable: bool) -> Schedule:
+    return _upkeep(
+        upkeep.DriftCheck.run,
+        upkeep.DRIFT_ID,
+        "Look for holds that disagree with the ledger",
+        every=timedelta(hours=1),
+        jitter=timedelta(minutes=10),
+    )
+
+
+SCHEDULES: dict[str, Callable[[bool], Schedule]] = {
+    ledger_verification.NIGHTLY_ID: _nightly_verification,
+    upkeep.UPKEEP_ID: _due_lots,
+    upkeep.RECONCILE_ID: _reconcile,
+    upkeep.DRIFT_ID: _drift_check,
+}
 """Every schedule of ours by its id; each is told whether Scrip's search attributes are registered."""
 
 

@@ -4,6 +4,9 @@ from benchmarks.case import Case
 from benchmarks.cases import (
     adjust,
     batch,
+    chain_lock,
+    counters,
+    growth,
     latency,
     parallel_programs,
     postgres_ceiling,
@@ -18,9 +21,12 @@ CASES: tuple[Case, ...] = (
     single.CASE,
     latency.CASE,
     adjust.CASE,
+    chain_lock.CASE,
+    counters.CASE,
     processes.CASE,
     temporal_cost.CASE,
     postgres_ceiling.CASE,
     workflow_per_event.CASE,
     parallel_programs.CASE,
+    growth.CASE,
 )

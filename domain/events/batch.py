@@ -9,7 +9,7 @@ batch once on unlocked reads (the scout pass), only where rules have targets at 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, LiteralString
 from uuid import UUID
 
 from psycopg.rows import DictRow
@@ -399,27 +399,29 @@ async def _load_state(
     for entity_id, tag in await cursor.fetchall():
         by_id[entity_id].tags.add(tag)
     if counter_keys is None or counter_keys:
-        cursor = await tx.execute(_COUNTERS, (*scope, *[_keys(counter_keys)] * 2))
+        cursor = await tx.execute(*_keyed(_COUNTERS, scope, counter_keys))
         for entity_id, key, *stored in await cursor.fetchall():
             by_id[entity_id].counters[key] = CounterState(*stored)
     if attribute_keys is None or attribute_keys:
-        cursor = await tx.execute(_ATTRIBUTES, (*scope, *[_keys(attribute_keys)] * 2))
+        cursor = await tx.execute(*_keyed(_ATTRIBUTES, scope, attribute_keys))
         for entity_id, key, value in await cursor.fetchall():
             by_id[entity_id].attributes[key] = value
 
 
-_COUNTERS = """
+_COUNTERS: LiteralString = """
 select entity_id, key, value, reset_after, last_reset_at from counter
-where organization_id = %s and entity_id = any(%s) and (%s::text[] is null or key = any(%s))
+where organization_id = %s and entity_id = any(%s)
 """
-_ATTRIBUTES = """
-select entity_id, key, value from attribute
-where organization_id = %s and entity_id = any(%s) and (%s::text[] is null or key = any(%s))
+_ATTRIBUTES: LiteralString = """
+select entity_id, key, value from attribute where organization_id = %s and entity_id = any(%s)
 """
 
 
-def _keys(keys: frozenset[str] | None) -> list[str] | None:
-    return None if keys is None else list(keys)
+def _keyed(
+    query: LiteralString, scope: tuple[Any, ...], keys: frozenset[str] | None
+) -> tuple[LiteralString, tuple[Any, ...]]:
+    """`query` narrowed to these keys by a condition of its own, which the primary key can serve; None for all."""
+    return (query, scope) if keys is None else (query + " and key = any(%s)", (*scope, list(keys)))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ order by e.sequence, p.ordinal
 
 _COMMODITIES = """
 select id, symbol, scale from asset
-where organization_id = %(organization_id)s and (%(after)s::uuid is null or id > %(after)s)
+where organization_id = %(organization_id)s and id > %(after)s
 order by id limit %(rows)s
 """
 
@@ -56,7 +56,7 @@ _ACCOUNTS = """
 select a.id, a.entity_type, a.entity_id, s.symbol, a.bucket
 from (
     select * from account
-    where organization_id = %(organization_id)s and (%(after)s::uuid is null or id > %(after)s)
+    where organization_id = %(organization_id)s and id > %(after)s
     order by id limit %(rows)s
 ) a
 join asset s on s.organization_id = a.organization_id and s.id = a.asset_id
@@ -222,7 +222,7 @@ async def _declarations(database: Database, organization_id: UUID) -> AsyncItera
 
 async def _keyset(database: Database, organization_id: UUID, query: LiteralString) -> AsyncIterator[list[TupleRow]]:
     """The rows of `query`, page by page in the order of their first column, an id."""
-    after = None
+    after = UUID(int=0)
     while True:
         params = {"organization_id": organization_id, "after": after, "rows": limits.VERIFY_PAGE}
         async with database.transaction(organization_id) as tx:

@@ -158,6 +158,11 @@ class HoldBook:
             self.changes.append(row)
             self._log.append(row)
 
+    @property
+    def ended(self) -> list[Hold]:
+        """The holds of which nothing remains by what has been done here."""
+        return [change.hold for change in self.changes if change.status != "ACTIVE"]
+
     def mark(self) -> int:
         """A point to which `undo` can go back."""
         return len(self._log)

@@ -17,7 +17,7 @@ from uuid import UUID
 from psycopg import sql
 
 from db.session import Transaction
-from domain.ledger.queries import _bisect as bisect
+from domain.ledger.queries import bisect
 from domain.money import ZERO
 
 LAST_ORDINAL = 2**15 - 1

@@ -148,19 +148,19 @@ async def _entry_terms(tx: Transaction, wanted: EntryFilter, *, before: int | No
 
 async def _within_time(tx: Transaction, wanted: EntryFilter, terms: _Terms) -> _Terms:
     if wanted.created_from is not None:
-        low, _ = await _bisect(tx, wanted.created_from)
+        low, _ = await bisect(tx, wanted.created_from)
         terms = terms.also(
             "e.sequence >= %(low)s and e.created_at >= %(created_from)s", low=low, created_from=wanted.created_from
         )
     if wanted.created_to is not None:
-        _, high = await _bisect(tx, wanted.created_to, after=True)
+        _, high = await bisect(tx, wanted.created_to, after=True)
         terms = terms.also(
             "e.sequence < %(high)s and e.created_at <= %(created_to)s", high=high, created_to=wanted.created_to
         )
     return terms
 
 
-async def _bisect(tx: Transaction, instant: datetime, *, after: bool = False) -> tuple[int, int]:
+async def bisect(tx: Transaction, instant: datetime, *, after: bool = False) -> tuple[int, int]:
     """The sequence of the first entry at or after `instant` (strictly after it if `after`), as (low, high)."""
     row = await tx.row(_BISECT, {"organization_id": tx.organization_id, "instant": instant, "after": after})
     assert row is not None, "the span begins with one row"

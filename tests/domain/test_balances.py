@@ -247,7 +247,7 @@ async def test_a_credit_into_held_reserves_it_and_a_debit_takes_it_from_there(
 
     debited = await adjust(database, organization, shop.alice, an_adjust(shop, "DEBIT", "4", bucket="HELD"))
 
-    assert (debited.balance.available, debited.balance.held) == (0, 6)
+    assert (debited.balance.available, debited.balance.held) == (d("0"), d("6"))
     assert await postings_of(database, organization, debited.journal_entry_id) == [
         ("PARTICIPANT", shop.alice, "HELD", "-4"),
         ("SYSTEM_BREAKAGE", None, "AVAILABLE", "4"),

@@ -15,7 +15,7 @@ from db.tables import Asset, Group, Hold, Participant, Program
 from domain import holds
 from domain.balances import AdjustResult, Holder, OperationResult
 from domain.errors import Refusal
-from domain.holds import HoldEnd, HoldFilter
+from domain.holds import HoldFilter
 from domain.ids import new_id
 from domain.pagination import PageRequest
 from tests.builders import d, make_group, make_participant, make_program, open_shop
@@ -188,12 +188,6 @@ async def test_without_a_name_the_oldest_hold_is_used_up_first(simple: Desk) -> 
 # --- Hold records ----------------------------------------------------------------------------------------------------
 
 
-async def end(desk: Desk, hold_id: UUID, operation: Any, amount: str | None = None, key: str | None = None) -> Any:
-    request = HoldEnd(operation=operation, description="by id", amount=amount, idempotency_key=key)
-    async with desk.database.transaction(desk.organization_id) as tx:
-        return (await holds.end(tx, hold_id, request))[1]
-
-
 def hold_of(result: OperationResult) -> UUID:
     assert result.hold_id is not None
     return result.hold_id
@@ -209,29 +203,29 @@ async def test_a_hold_is_ended_by_its_id_and_by_no_other(any_desk: Desk) -> None
     await any_desk.credit("100")
     first, second = [hold_of(await any_desk.hold(amount)) for amount in ("10", "20")]
 
-    released = await end(any_desk, second, "RELEASE", "5")
-    forfeited = await end(any_desk, second, "FORFEIT")
+    released = await any_desk.end(second, "RELEASE", "5")
+    forfeited = await any_desk.end(second, "FORFEIT")
 
-    assert (released.amount, released.hold_id) == (5, second)
-    assert (forfeited.amount, forfeited.hold_id) == (15, second)
+    assert (released.amount, released.hold_id) == (d("5"), second)
+    assert (forfeited.amount, forfeited.hold_id) == (d("15"), second)
     assert await any_desk.holds() == [("ACTIVE", "10", "10"), ("FORFEITED", "20", "0")]
     assert await any_desk.buckets() == ("75", "10", "0")
-    assert await code_of(end(any_desk, second, "RELEASE")) == "hold_not_active"
-    assert await code_of(end(any_desk, first, "RELEASE", "10.01")) == "insufficient_balance"
-    assert await code_of(end(any_desk, first, "FORFEIT", "10.01")) == "insufficient_balance"
-    assert await code_of(end(any_desk, new_id(), "RELEASE")) == "not_found"
+    assert await code_of(any_desk.end(second, "RELEASE")) == "hold_not_active"
+    assert await code_of(any_desk.end(first, "RELEASE", "10.01")) == "insufficient_balance"
+    assert await code_of(any_desk.end(first, "FORFEIT", "10.01")) == "insufficient_balance"
+    assert await code_of(any_desk.end(new_id(), "RELEASE")) == "not_found"
 
 
 async def test_an_end_by_id_is_replayed_after_the_hold_is_gone(any_desk: Desk) -> None:
     await any_desk.credit("10")
     hold_id = hold_of(await any_desk.hold())
-    first = await end(any_desk, hold_id, "RELEASE", key="k")
+    first = await any_desk.end(hold_id, "RELEASE", key="k")
 
-    replay = await end(any_desk, hold_id, "RELEASE", key="k")
+    replay = await any_desk.end(hold_id, "RELEASE", key="k")
 
     assert replay.replayed
-    assert (replay.journal_entry_id, replay.amount, replay.lots) == (first.journal_entry_id, 10, first.lots)
-    assert await code_of(end(any_desk, hold_id, "RELEASE", "10", key="k")) == "idempotency_conflict"
+    assert (replay.journal_entry_id, replay.amount, replay.lots) == (first.journal_entry_id, d("10"), first.lots)
+    assert await code_of(any_desk.end(hold_id, "RELEASE", "10", key="k")) == "idempotency_conflict"
 
 
 @pytest.mark.parametrize("status", ["SUSPENDED", "CLOSED"])
@@ -240,15 +234,15 @@ async def test_an_inactive_participants_hold_can_be_forfeited_not_released(any_d
     hold_id = hold_of(await any_desk.hold())
     await set_status(any_desk, Participant, any_desk.holder.id, status)
 
-    assert await code_of(end(any_desk, hold_id, "RELEASE")) == "participant_inactive"
-    assert (await end(any_desk, hold_id, "FORFEIT")).amount == 10
+    assert await code_of(any_desk.end(hold_id, "RELEASE")) == "participant_inactive"
+    assert (await any_desk.end(hold_id, "FORFEIT")).amount == 10
 
 
 async def test_the_entry_of_an_end_by_id_carries_the_reference_of_the_hold(desk: Desk) -> None:
     await desk.credit("10")
     hold_id = hold_of(await desk.hold(reference_id="auth1"))
 
-    await end(desk, hold_id, "RELEASE")
+    await desk.end(hold_id, "RELEASE")
 
     async with desk.database.transaction(desk.organization_id) as tx:
         rows = await tx.rows(
@@ -266,8 +260,8 @@ async def test_the_hold_of_a_pending_redemption_is_out_of_reach(any_desk: Desk) 
     async with any_desk.database.transaction(any_desk.organization_id) as tx:
         await tx.run(update(Hold).where(col(Hold.id) == reserved.hold_id).values(kind="REDEMPTION"))
 
-    assert await code_of(end(any_desk, hold_of(reserved), "RELEASE")) == "conflict"
-    assert await code_of(end(any_desk, hold_of(reserved), "FORFEIT")) == "conflict"
+    assert await code_of(any_desk.end(hold_of(reserved), "RELEASE")) == "conflict"
+    assert await code_of(any_desk.end(hold_of(reserved), "FORFEIT")) == "conflict"
     assert await code_of(any_desk.debit("5.01", bucket="HELD")) == "insufficient_balance"
     assert await code_of(any_desk.forfeit("5.01", bucket="HELD")) == "insufficient_balance"
     assert (await any_desk.release()).amount == 5
@@ -341,7 +335,7 @@ async def test_holds_are_listed_newest_first_and_filtered(any_desk: Desk, databa
     await group.credit("30")
     mine, other = hold_of(await any_desk.hold("1")), hold_of(await any_desk.hold("2"))
     theirs = hold_of(await group.hold("3"))
-    await end(any_desk, mine, "RELEASE")
+    await any_desk.end(mine, "RELEASE")
 
     async def find(**wanted: Any) -> list[UUID]:
         async with database.transaction(any_desk.organization_id) as tx:
@@ -497,13 +491,13 @@ async def test_a_full_hold_keeps_the_lot_and_a_partial_one_splits_it(desk: Desk,
     clock.set(NOON)
     await desk.grant("10", expires_at=NOON + timedelta(days=30))
     clock.advance(hours=1)
-    await desk.grant("10")
+    await desk.grant("10", expires_at=NOON + timedelta(days=20))
     first, second = await desk.lot_rows()
 
     held = await desk.hold("14", reference_id="auth1")
 
     assert held.lots is not None
-    assert held.lots[0] == (first["id"], 10)
+    assert held.lots[0] == (first["id"], d("10"))
     split_id, split_amount = held.lots[1]
     assert split_id not in (first["id"], second["id"])
     assert split_amount == 4
@@ -907,7 +901,7 @@ async def test_an_archived_asset_takes_nothing_new_but_nothing_gets_stuck(desk: 
         assert await code_of(blocked) == "asset_archived"
     assert (await desk.void("auth1")).amount == 2
     assert (await desk.release("1")).amount == 1
-    assert (await end(desk, hold_id, "RELEASE", "1")).amount == 1
+    assert (await desk.end(hold_id, "RELEASE", "1")).amount == 1
     assert (await desk.forfeit("2", bucket="HELD")).amount == 2
     assert (await desk.forfeit(bucket="AVAILABLE")).amount == 6
 
@@ -939,8 +933,8 @@ async def test_an_archived_group_stays_as_it_is(desk: Desk, database: Database) 
         group.release("1"),
         group.forfeit("1", bucket="AVAILABLE"),
         group.void("auth1"),
-        end(group, hold_id, "RELEASE"),
-        end(group, hold_id, "FORFEIT"),
+        group.end(hold_id, "RELEASE"),
+        group.end(hold_id, "FORFEIT"),
     ):
         assert await code_of(blocked) == "group_archived"
 
@@ -980,7 +974,7 @@ async def test_another_organizations_ids_are_unknown(desk: Desk, new_organizatio
     hold_id = hold_of(await desk.hold())
 
     assert await code_of(stranger.release()) == "not_found"
-    assert await code_of(end(stranger, hold_id, "RELEASE")) == "not_found"
+    assert await code_of(stranger.end(hold_id, "RELEASE")) == "not_found"
     assert await code_of(desk.using(holder=Holder("PARTICIPANT", new_id())).release()) == "not_found"
     assert await code_of(desk.using(holder=Holder("GROUP", desk.holder.id)).release()) == "not_found"
 
@@ -1126,7 +1120,7 @@ async def test_of_many_ends_of_one_hold_one_wins(any_desk: Desk) -> None:
     hold_id = hold_of(await any_desk.hold())
 
     winners, codes = await race(
-        *(end(any_desk, hold_id, "RELEASE") for _ in range(10)), *(end(any_desk, hold_id, "FORFEIT") for _ in range(10))
+        *(any_desk.end(hold_id, "RELEASE") for _ in range(10)), *(any_desk.end(hold_id, "FORFEIT") for _ in range(10))
     )
 
     assert len(winners) == 1

@@ -57,7 +57,6 @@ async def test_an_event_whose_wait_ends_right_now_is_not_blamed_for_another(
     await program.settle(retries=RetryPolicy(max_attempts=3, waits_s=(2,)))
     impossible = await program.send("bob", pays=False)
 
-
     def apply(world: Any, rules: Any, event: Any, now: Any) -> Any:
         if event.id == impossible:
             clock.advance(seconds=2)

@@ -232,8 +232,8 @@ async def _night_meets_a_verification(env: WorkflowEnvironment) -> Played:
 
 
 async def _cancelled_night(env: WorkflowEnvironment) -> Played:
-    organizations = [new_id() for _ in range(6)]
-    ledgers = Ledgers(organizations=organizations, stages={organizations[0]: [None]})
+    organization_id = new_id()
+    ledgers = Ledgers(organizations=[organization_id], stages={organization_id: [None]})
     async with serving(env, ledgers) as queue:
         handle = await start_night(env, queue)
         await ledgers.waiting.wait()

@@ -1,0 +1,220 @@
+"""Upkeep as Temporal carries it: its runs, its steps over all organizations, its schedules. docs/upkeep.md."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from temporalio.client import Client, ScheduleOverlapPolicy
+from temporalio.testing import ActivityEnvironment, WorkflowEnvironment
+
+from activities.upkeep import UpkeepActivities, UpkeepReport, UpkeepRequest
+from db.session import Database
+from domain import upkeep as domain
+from settings import Settings
+from tests.builders import open_shop
+from tests.conftest import SettableClock, Tenant
+from tests.due_support import timed_hold
+from tests.holdings_support import Desk
+from tests.workflows.record import HISTORIES
+from tests.workflows.scenarios import time_skipping
+from tests.workflows.upkeep_scenarios import FIRST, SCENARIOS, Played
+from workflows.schedules import ensure_schedules
+from workflows.upkeep import DRIFT_ID, RECONCILE_ID, UPKEEP_ID
+
+NOON = datetime.fromisoformat("2025-01-15T12:00:00+00:00")
+ONE_O_CLOCK = NOON + timedelta(hours=1)
+
+
+@pytest.fixture(scope="module")
+async def env() -> AsyncIterator[WorkflowEnvironment]:
+    async with time_skipping() as env:
+        yield env
+
+
+@pytest.fixture
+def upkeep(settings: Settings, shared_clock: SettableClock, monkeypatch: pytest.MonkeyPatch) -> UpkeepActivities:
+    monkeypatch.setattr("domain.limits.SWEEP_S", 600.0)
+    return UpkeepActivities(settings.database_url.get_secret_value(), shared_clock)
+
+
+@pytest.fixture
+async def desk(database: Database, organization: Tenant, clock: SettableClock) -> Desk:
+    clock.set(NOON)
+    return Desk.of(database, organization.id, await open_shop(database, organization.id, inventory_mode="LOT"))
+
+
+def is_the_start_of(played: Played) -> bool:
+    """Whether every step was told the one instant at which the run began."""
+    dues = {due for _, _, due in played.steps.asked if due is not None}
+    return {round((due - played.started_at).total_seconds()) for due in dues} == {0} and len(dues) == 1
+
+
+async def step(activity: Callable[[UpkeepRequest], UpkeepReport], request: UpkeepRequest) -> UpkeepReport:
+    """Run an activity in a thread of its own, as a worker does."""
+    return await asyncio.to_thread(ActivityEnvironment().run, activity, request)
+
+
+async def test_a_run_goes_through_all_organizations_for_the_instant_of_its_start(env: WorkflowEnvironment) -> None:
+    played = await SCENARIOS["keeps_up_through_all_organizations"](env)
+
+    assert played.result == {"organizations": 2, "failed": 1, "matured": 5, "expired": 1}
+    assert [(name, after) for name, after, _ in played.steps.asked] == [("sweep", None), ("sweep", FIRST)]
+    assert is_the_start_of(played)
+
+
+async def test_a_step_that_fails_is_repeated(env: WorkflowEnvironment) -> None:
+    played = await SCENARIOS["keeps_up_after_a_fault"](env)
+
+    assert [after for _, after, _ in played.steps.asked] == [None, None]
+
+
+async def test_a_new_run_goes_on_where_the_one_before_stopped(env: WorkflowEnvironment) -> None:
+    played = await SCENARIOS["keeps_up_in_a_new_run"](env)
+
+    assert [after for _, after, _ in played.steps.asked] == [None, FIRST]
+    assert is_the_start_of(played)
+
+
+async def test_reconcile_starts_what_is_missing_and_maintains(env: WorkflowEnvironment) -> None:
+    played = await SCENARIOS["keeps_temporal_reconciled"](env)
+
+    assert [name for name, _, _ in played.steps.asked] == ["reconcile", "maintain"]
+    assert played.result["holds started"] == 2
+
+
+async def test_drift_is_looked_for_everywhere(env: WorkflowEnvironment) -> None:
+    played = await SCENARIOS["keeps_an_eye_on_drift"](env)
+
+    assert [name for name, _, _ in played.steps.asked] == ["find_drift"]
+
+
+async def test_a_sweep_reaches_every_organization(
+    upkeep: UpkeepActivities,
+    desk: Desk,
+    database: Database,
+    new_organization: Callable[[], Tenant],
+    clock: SettableClock,
+) -> None:
+    other = new_organization()
+    theirs = Desk.of(database, other.id, await open_shop(database, other.id, inventory_mode="LOT"))
+    for one in (desk, theirs):
+        await one.grant("10", expires_at=ONE_O_CLOCK)
+        await one.grant("20", matures_at=ONE_O_CLOCK)
+
+    report = await step(upkeep.sweep, UpkeepRequest(None, due=ONE_O_CLOCK))
+
+    assert report.finished
+    assert [await one.buckets() for one in (desk, theirs)] == [("20", "0", "0")] * 2
+
+
+async def test_an_organization_that_goes_wrong_does_not_keep_others_waiting(
+    upkeep: UpkeepActivities,
+    new_organization: Callable[[], Tenant],
+    desk: Desk,
+    clock: SettableClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    new_organization()
+    await desk.grant("10", expires_at=ONE_O_CLOCK)
+    clock.set(ONE_O_CLOCK)
+    sweep = domain.sweep
+    broken: list[UUID] = []
+
+    async def fails_for_the_first(database: Database, organization_id: UUID, **how: Any) -> Any:
+        if not broken and organization_id != desk.organization_id:
+            broken.append(organization_id)
+            raise ValueError("something about its data")
+        return await sweep(database, organization_id, **how)
+
+    monkeypatch.setattr(domain, "sweep", fails_for_the_first)
+
+    report = await step(upkeep.sweep, UpkeepRequest(None))
+
+    assert report.finished
+    assert broken
+    assert report.failed >= 1
+    assert await desk.buckets() == ("0", "0", "0")
+
+
+async def test_a_sweep_ends_holds_that_are_overdue(upkeep: UpkeepActivities, desk: Desk, clock: SettableClock) -> None:
+    await desk.credit("100")
+    await timed_hold(desk, "30", ONE_O_CLOCK, carrier="WORKFLOW")
+
+    clock.set(ONE_O_CLOCK + timedelta(seconds=59))
+    await step(upkeep.sweep, UpkeepRequest(None))
+    assert await desk.buckets() == ("70", "30", "0"), "its workflow has a minute"
+    clock.advance(seconds=1)
+    await step(upkeep.sweep, UpkeepRequest(None))
+    assert await desk.buckets() == ("100", "0", "0")
+
+
+async def test_maintenance_checkpoints_and_drift_are_counted(
+    upkeep: UpkeepActivities, desk: Desk, owner: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner.execute(
+        "update lane set drained_until = clock_timestamp() + interval '1 day' where program_id = %s", (desk.program_id,)
+    )
+
+    maintained = await step(upkeep.maintain, UpkeepRequest(None))
+    checked = await step(upkeep.find_drift, UpkeepRequest(None))
+
+    assert maintained.finished
+    assert maintained.counts["promises withdrawn"] >= 1
+    assert checked.finished
+    assert checked.failed == 0
+
+
+async def test_an_activity_whose_time_is_over_says_where_to_go_on(
+    upkeep: UpkeepActivities,
+    new_organization: Callable[[], Tenant],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    new_organization()
+    monkeypatch.setattr("domain.limits.SWEEP_S", -1.0)
+
+    report = await step(upkeep.sweep, UpkeepRequest(None))
+
+    assert (report.finished, report.organizations) == (False, 1)
+    assert report.after is not None
+
+
+async def test_schedules_are_made_once_kept_up_to_date_and_stay_paused(temporal: Client) -> None:
+    await ensure_schedules(temporal)
+    paused = temporal.get_schedule_handle(RECONCILE_ID)
+    await paused.pause(note="by an operator")
+    await ensure_schedules(temporal)
+
+    assert (await paused.describe()).schedule.state.paused
+    await paused.unpause()
+    for schedule_id, every in ((UPKEEP_ID, 30), (RECONCILE_ID, 300), (DRIFT_ID, 3_600)):
+        schedule = (await temporal.get_schedule_handle(schedule_id).describe()).schedule
+        assert [interval.every for interval in schedule.spec.intervals] == [timedelta(seconds=every)]
+        assert schedule.spec.jitter
+        assert schedule.policy.overlap == ScheduleOverlapPolicy.SKIP
+        assert schedule.policy.catchup_window == timedelta(minutes=5)
+
+
+@pytest.mark.usefixtures("running_worker")
+async def test_an_operator_triggers_upkeep_and_what_is_due_is_booked(
+    temporal: Client, desk: Desk, clock: SettableClock
+) -> None:
+    await desk.grant("10", expires_at=ONE_O_CLOCK)
+    clock.set(ONE_O_CLOCK)
+    await ensure_schedules(temporal)
+
+    await temporal.get_schedule_handle(UPKEEP_ID).trigger()
+
+    for _ in range(600):
+        if await desk.buckets() == ("0", "0", "0"):
+            break
+        await asyncio.sleep(0.05)
+    assert await desk.buckets() == ("0", "0", "0")
+
+
+def test_every_path_is_recorded() -> None:
+    """tests/workflows/test_event_processing.py replays whatever is recorded."""
+    assert {path.name.partition(".")[0] for path in HISTORIES.glob("*.json")} >= set(SCENARIOS)
