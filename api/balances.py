@@ -293,6 +293,8 @@ async def make_timed_hold(
     result = await balances.find_operation(tx, holder, request)
     if result is not None:
         return present_operation("HOLD", request.program_id, request.asset_id, request.reference_id, result)
+    # What is wrong whoever looks at it is said at once, with or without Temporal.
+    balances.require_future_end(request, tx.now)
     wait_s = services.settings.temporal_timeout_s * _SHARE_OF_WAIT
     reservation = await timed_holds.prepare(tx, holder, request, wait_s)
     asked_at = time.monotonic()

@@ -263,6 +263,17 @@ async def await_operation(tx: Transaction, holder: Holder, request: OperationReq
     return await _replay(tx, holder, terms, claim.result) if claim.replayed else None
 
 
+def require_future_end(request: OperationRequest, now: datetime) -> datetime | None:
+    """When a hold that is made now ends, None for never. Raises Refusal `bad_request` unless that lies in the future.
+
+    Only a first use of a key is judged by the clock: a replay may come after the end.
+    """
+    end = request.expires_at if request.expires_in is None else now + request.expires_in
+    if end is not None and end <= now:
+        raise bad_field("expires_at", "must lie in the future", expected="a later timestamp")
+    return end
+
+
 def credit_source(books: Books, terms: Terms, amount: Decimal) -> Account:
     """The account that a credit of `amount` comes from: the program's wallet if PREFUNDED, else SYSTEM_ISSUANCE.
 
@@ -483,12 +494,9 @@ def _check_shape(terms: Terms, request: OperationRequest) -> None:
 
 
 def _hold_terms(request: OperationRequest, hold_id: UUID, now: datetime) -> HoldTerms:
-    """When the hold ends and how. Only a first use is judged by the clock: a replay may come after the end."""
-    end = request.expires_at if request.expires_in is None else now + request.expires_in
+    end = require_future_end(request, now)
     if end is None:
         return HoldTerms(hold_id)
-    if end <= now:
-        raise bad_field("expires_at", "must lie in the future", expected="a later timestamp")
     return HoldTerms(hold_id, end, request.on_expiry or "RELEASE", "WORKFLOW")
 
 

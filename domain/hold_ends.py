@@ -50,14 +50,17 @@ where organization_id = %s and program_id = %s and status = 'ACTIVE' and expires
 order by expires_at, id limit 1
 """
 
-# One probe of the index per program: there are few programs and may be millions of holds.
+# One probe of the index per program (`limit 1` keeps the planner from a join): there are few programs and may be
+# millions of holds.
 _PROGRAMS_WITH_ENDS = """
 select p.id, p.name from program p
-where p.organization_id = %(organization_id)s and exists (
-    select from hold h
-    where h.organization_id = %(organization_id)s and h.program_id = p.id and h.status = 'ACTIVE'
-      and h.expires_at is not null and h.expires_at <= %(until)s and h.carrier = any(%(carriers)s)
-      and h.kind <> 'REDEMPTION')
+cross join lateral (
+    select from hold
+    where organization_id = %(organization_id)s and program_id = p.id and status = 'ACTIVE'
+      and expires_at is not null and expires_at <= %(until)s and carrier = any(%(carriers)s) and kind <> 'REDEMPTION'
+    limit 1
+) h
+where p.organization_id = %(organization_id)s
 order by p.id
 """
 

@@ -31,6 +31,7 @@ from cli import migrate_schema
 from db.session import Database
 from domain.clock import system_clock
 from domain.ids import new_id
+from domain.logs import configure_logging
 from embedded.temporal import SEARCH_ATTRIBUTES
 from settings import Settings
 from tests.servers import Postgres, shared_postgres, shared_temporal
@@ -69,6 +70,12 @@ class Tenant:
     id: UUID
     api_key: str
     api_key_id: UUID
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _logging() -> None:
+    """Log as the processes do. Without it structlog draws tracebacks with source and locals, for minutes if deep."""
+    configure_logging("WARNING", "json")
 
 
 @pytest.fixture(scope="session")

@@ -296,7 +296,7 @@ async def test_fields_of_other_operations_are_ignored(client: httpx.AsyncClient,
     assert (held.status_code, released.status_code) == (200, 200)
 
 
-async def test_an_operation_is_replayed(client: httpx.AsyncClient, lots: Shop) -> None:
+async def test_an_operation_is_replayed(client: httpx.AsyncClient, lots: Shop, running_worker: None) -> None:
     await credit(client, lots)
     body = an_operation(lots, amount="10", reference_id="a", expires_in="24h", idempotency_key="k")
     first = await client.post(at(lots, "hold"), json=body)

@@ -15,7 +15,15 @@ from domain import faults, holds
 from domain.balances import Holder
 from domain.errors import Refusal
 from domain.faults import InjectedFault
-from domain.hold_ends import HoldState, carried_holds, end_due_holds, end_hold, find_hold, programs_with_ends
+from domain.hold_ends import (
+    _PROGRAMS_WITH_ENDS,
+    HoldState,
+    carried_holds,
+    end_due_holds,
+    end_hold,
+    find_hold,
+    programs_with_ends,
+)
 from domain.holds import HoldEnd
 from domain.ids import new_id
 from tests.builders import make_group, make_participant, open_shop
@@ -264,3 +272,16 @@ async def test_one_organization_never_ends_anothers_holds(
     assert (report.ended, report.next_end) == (0, None)
     async with desk.database.transaction(stranger.id) as tx:
         assert await end_hold(tx, hold_id, order="RELEASE") is None
+
+
+async def test_programs_with_ends_are_found_by_one_probe_each(desk: Desk) -> None:
+    """However many holds a program has: the index's first entry tells."""
+    params = {"organization_id": desk.organization_id, "until": ONE_O_CLOCK, "carriers": ["PROGRAM"]}
+    async with desk.database.transaction(desk.organization_id) as tx:
+        await tx.execute("set local enable_seqscan = off")
+        lines = [line for (line,) in await (await tx.execute("explain " + _PROGRAMS_WITH_ENDS, params)).fetchall()]
+
+    at = next(number for number, line in enumerate(lines) if "using hold_end_idx" in line)
+    assert any("Limit" in line for line in lines[:at])
+    assert "program_id = p.id" in lines[at + 1]
+    assert "expires_at <=" in lines[at + 1]
