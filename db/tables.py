@@ -623,6 +623,7 @@ class Hold(SQLModel, table=True):
     __tablename__: ClassVar[str] = "hold"
     __table_args__ = (
         Index(None, "organization_id", "created_at", "id"),
+        Index(None, "organization_id", "entity_id", "created_at", "id"),
         Index(
             "hold_active_idx",
             "organization_id",

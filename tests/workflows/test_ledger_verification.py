@@ -1,10 +1,10 @@
 """Verification in the background: workflows, records, API, schedule. docs/ledger.md "In the background"."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -12,6 +12,7 @@ from uuid import UUID
 import httpx
 import psycopg
 import pytest
+from pydantic import SecretStr
 from temporalio.client import (
     Client,
     ScheduleActionExecutionStartWorkflow,
@@ -28,14 +29,14 @@ from temporalio.workflow import Info
 
 from api.app import create_app
 from db.session import Database
-from domain import limits
+from domain import limits, organizations
 from domain.ids import new_id
 from domain.ledger import verifications
 from domain.ledger.journal import load_accounts, write
 from domain.locks import lock_participants
 from settings import Settings
 from tests.builders import Shop, d, open_shop
-from tests.conftest import SettableClock, Tenant
+from tests.conftest import SettableClock, Tenant, new_namespace
 from tests.servers import Postgres
 from tests.workflows.ledger_verification_scenarios import (
     ENTRIES,
@@ -50,6 +51,7 @@ from tests.workflows.ledger_verification_scenarios import (
 )
 from tests.workflows.record import HISTORIES
 from tests.workflows.scenarios import time_skipping
+from worker import build_worker
 from workflows import ledger_verification, queues
 from workflows.gateway import Gateway
 from workflows.ledger_verification import LEDGER_INVALID, NIGHTLY_ID, workflow_id
@@ -402,19 +404,25 @@ async def test_the_schedule_is_made_once_and_brought_up_to_date(temporal: Client
 
 @pytest.mark.usefixtures("running_worker")
 async def test_the_schedule_verifies_every_organization(
-    temporal: Client, client: httpx.AsyncClient, organization: Tenant, entries: list[UUID], owner: Any
+    postgres: Postgres, temporal_address: str, settings: Settings, shared_clock: SettableClock
 ) -> None:
-    """Started by hand, as an operator may do in Temporal's UI."""
-    await ensure_schedules(temporal)
-    handle = temporal.get_schedule_handle(NIGHTLY_ID)
-    await handle.trigger()
-    night = await _night_started_by(handle)
-    with contextlib.suppress(WorkflowFailureError):
-        # Other tests leave ledgers in this database that were tampered with.
-        await temporal.get_workflow_handle(night).result()
-
-    query = "select status, entries_checked from ledger_verification where organization_id = %s"
-    assert owner.execute(query, (organization.id,)).fetchall() == [("VALID", LEDGER)]
+    """Started by hand, as an operator may do in Temporal's UI; in a database where three organizations are all."""
+    own = postgres.create_database("nightly")
+    temporal = await new_namespace(temporal_address, "nightly")
+    with psycopg.connect(own.owner_url, autocommit=True) as owner:
+        ids = [
+            organizations.create_organization(owner, name, rate_per_second=1, rate_burst=1, now=shared_clock())
+            for name in ("first", "second", "third")
+        ]
+        own_settings = settings.model_copy(update={"database_url": SecretStr(own.app_url)})
+        with ThreadPoolExecutor(settings.worker_drains) as executor:
+            async with build_worker(temporal, own_settings, shared_clock, executor):
+                await ensure_schedules(temporal)
+                handle = temporal.get_schedule_handle(NIGHTLY_ID)
+                await handle.trigger()
+                await temporal.get_workflow_handle(await _night_started_by(handle)).result()
+        found = owner.execute("select organization_id, status from ledger_verification").fetchall()
+    assert sorted(found) == sorted((organization_id, "VALID") for organization_id in ids)
 
 
 async def _night_started_by(handle: ScheduleHandle) -> str:

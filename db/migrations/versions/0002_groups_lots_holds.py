@@ -39,6 +39,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("organization_id", "id", name=op.f("hold_pkey")),
     )
     op.create_index(
+        op.f("hold_organization_id_entity_id_created_at_id_idx"),
+        "hold",
+        ["organization_id", "entity_id", "created_at", "id"],
+        unique=False,
+    )
+    op.create_index(
         "hold_active_idx",
         "hold",
         ["organization_id", "entity_id", "asset_id", "created_at", "id"],
