@@ -1,4 +1,4 @@
-"""The `scrip` command: everything an operator does (docs/operations.md)."""
+"""The `scrip` command: everything an operator does (docs/running.md)."""
 
 from __future__ import annotations
 

@@ -12,14 +12,13 @@ from datetime import timedelta
 from typing import Any
 
 from temporalio.client import Client
-from temporalio.service import RPCError
 from temporalio.worker import Worker
 
 from activities.events import EventActivities
 from activities.holds import DueHoldActivities, HoldActivities
 from activities.ledger import LedgerActivities
 from activities.upkeep import ReconcileActivities, ReconcileReport, UpkeepActivities
-from db.session import Database, DatabaseUnavailable
+from db.session import Database
 from domain import limits
 from domain.clock import Clock, system_clock
 from domain.events.retries import RetryPolicy
@@ -149,8 +148,9 @@ async def keep_reconciled(database: Database, gateway: Gateway) -> None:
             if woken := await look(database, gateway):
                 logger.info("woke the event processing of %d programs", woken)
             look = find_lost_wakes
-        except (DatabaseUnavailable, RPCError, RuntimeError) as error:
-            logger.warning("looking for lost wakes failed, trying again: %s", error)
+        except Exception:
+            # Whatever it was: without this loop an event whose wake got lost would wait for ever.
+            logger.exception("looking for lost wakes failed, trying again")
         await asyncio.sleep(limits.LOST_WAKE_INTERVAL_S)
 
 
@@ -159,12 +159,24 @@ async def start_missing_holds(database: Database, gateway: Gateway) -> None:
     try:
         holds = await reconcile_holds(database, gateway)
         logger.info("started the workflows of %d holds, woke HoldEnds of %d programs", holds.started, holds.woken)
-    except (DatabaseUnavailable, RPCError, RuntimeError) as error:
-        logger.warning("looking for holds without a workflow failed: %s", error)
+    except Exception:
+        logger.exception("looking for holds without a workflow failed")
+
+
+async def serve_until(stop: asyncio.Event, timer: asyncio.Task[None]) -> None:
+    """Wait for `stop`. Raises RuntimeError when `timer`, which is never to end, ends before."""
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([stopping, timer], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not stop.is_set():
+        raise RuntimeError("the look for lost wakes has ended") from (None if timer.cancelled() else timer.exception())
 
 
 async def run(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM; activities under way get 15 seconds to finish."""
+    """Serve until SIGINT or SIGTERM; activities under way get 15 seconds to finish.
+
+    Raises RuntimeError when the look for lost wakes ends: another process is to take over, not one that is half alive.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -178,20 +190,20 @@ async def run(settings: Settings) -> None:
     await database.open()
     gateway = Gateway.from_settings(settings)
     executor = ThreadPoolExecutor(settings.worker_drains, thread_name_prefix="drain")
-    timers = [
-        asyncio.create_task(keep_reconciled(database, gateway)),
-        asyncio.create_task(start_missing_holds(database, gateway)),
-    ]
-    async with build_worker(client, settings, system_clock, executor):
-        if settings.worker_ready_file is not None:
-            settings.worker_ready_file.touch()
-        logger.info("worker is polling")
-        await stop.wait()
-        logger.info("worker is stopping")
-    for timer in timers:
-        timer.cancel()
-    await asyncio.gather(*timers, return_exceptions=True)
-    await database.close()
+    lost_wakes = asyncio.create_task(keep_reconciled(database, gateway))
+    timers = [lost_wakes, asyncio.create_task(start_missing_holds(database, gateway))]
+    try:
+        async with build_worker(client, settings, system_clock, executor):
+            if settings.worker_ready_file is not None:
+                settings.worker_ready_file.touch()
+            logger.info("worker is polling")
+            await serve_until(stop, lost_wakes)
+            logger.info("worker is stopping")
+    finally:
+        for timer in timers:
+            timer.cancel()
+        await asyncio.gather(*timers, return_exceptions=True)
+        await database.close()
 
 
 async def _connect(settings: Settings, stop: asyncio.Event) -> Client | None:
@@ -209,15 +221,20 @@ async def _connect(settings: Settings, stop: asyncio.Event) -> Client | None:
 
 
 def main() -> None:
-    """The process behind `scrip worker`."""
+    """The process behind `scrip worker`. It exits with 1 when the worker fails."""
     settings = get_settings()
     configure_logging(settings.log_level, settings.log_format)
-    asyncio.run(run(settings))
+    status = 0
+    try:
+        asyncio.run(run(settings))
+    except Exception:
+        logger.exception("the worker failed")
+        status = 1
     # The SDK's native threads can crash a Python that tears itself down under them, so leave without tearing down.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 if __name__ == "__main__":

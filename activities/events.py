@@ -55,6 +55,7 @@ class EventActivities:
         self._database_url = database_url
         self._clock = clock
         self._retries = retries
+        self._turns = threading.Semaphore(limits.BATCHES_AT_ONCE)
         self._drains = 0
         self._drains_lock = threading.Lock()
 
@@ -113,5 +114,6 @@ class EventActivities:
                 activity.heartbeat,
                 after_loss=after_loss,
                 pace_s=self._pace_s,
+                turns=self._turns,
             )
         return DrainReport(result.events, result.completed, result.failed, result.next_due_at, result.is_paused)

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from api.context import context_of
 from api.rate_limits import TooManyRequests
 from api.responses import JsonResponse
-from db.session import DatabaseUnavailable
+from db.session import DatabaseUnavailable, OutcomeUnknown
 from domain import limits
 from domain.errors import Problem, Refusal
 from domain.exact_json import JsonError
@@ -77,7 +77,8 @@ _DESCRIPTIONS = {
     422: "Understood and refused by a business rule; `code` says which.",
     429: "`too_many_requests`: see `Retry-After`.",
     500: "`internal_error`.",
-    503: "`service_unavailable`: the database or Temporal is out of reach; nothing was done.",
+    503: "`service_unavailable`: the database or Temporal is out of reach. Nothing was done, unless the message says"
+    " that the outcome is unknown: repeat the call with the same `idempotency_key`.",
 }
 ERROR_RESPONSES = _documented(400, 401, 404, 409, 413, 422, 429, 500, 503)
 """What every endpoint under /v1 may answer, for the OpenAPI document."""
@@ -107,6 +108,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(JsonError, _on_json_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(DatabaseUnavailable, _on_database_unavailable)
+    app.add_exception_handler(OutcomeUnknown, _on_outcome_unknown)
     app.add_exception_handler(HTTPException, _on_http_exception)
 
 
@@ -129,6 +131,14 @@ async def _on_invalid_request(request: Request, invalid: Exception) -> JsonRespo
 
 async def _on_database_unavailable(request: Request, error: Exception) -> JsonResponse:
     return _answer(request, 503, "service_unavailable", "the database is out of reach; nothing was done")
+
+
+async def _on_outcome_unknown(request: Request, error: Exception) -> JsonResponse:
+    message = (
+        "the connection to the database was lost during the commit, so the outcome is unknown: repeat the call with"
+        " the same idempotency_key; if it had none, look whether it was done before repeating it"
+    )
+    return _answer(request, 503, "service_unavailable", message)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JsonResponse:

@@ -21,6 +21,7 @@ logger = logging.getLogger("scrip.health")
 router = APIRouter(tags=["Health"])
 
 _PROBE_S = 1.0
+_DATABASE_PROBE_S = 2.0
 _LEDGERS_INTERVAL_S = 60.0
 
 
@@ -41,7 +42,9 @@ class Readiness(BaseModel):
     """What this process can reach, and what it knows."""
 
     status: Literal["ready", "unavailable"] = Field(description="Whether requests can be served.")
-    database: Literal["ok", "unreachable"] = Field(description="Without it nothing works.")
+    database: Literal["ok", "busy", "unreachable"] = Field(
+        description="Without it nothing works. `busy`: it is reachable, but no connection was free for two seconds."
+    )
     temporal: Literal["ok", "unreachable"] = Field(description="Without it events wait, and two-step calls answer 503.")
     ledger: Ledgers = Field(description="Looked up once a minute at most.")
 
@@ -83,21 +86,23 @@ async def get_health() -> JsonResponse:
 
 @router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 async def get_readiness(request: Request) -> JsonResponse:
-    """Answer 200 when the database is reachable, else 503; Temporal and ledgers are shown, but do not decide.
+    """Answer 200 when the database is reachable, be it busy, else 503; Temporal and ledgers are shown, but don't decide.
 
     A ledger found invalid is a matter for people: taking every process out of service would help nobody.
     """
     services: ApiServices = request.app.state.services
     database, temporal, ledger = await asyncio.gather(
-        _database_answers(services), _port_answers(services.settings.temporal_address), _gauge(request.app).look()
+        _database_state(services.database),
+        _port_answers(services.settings.temporal_address),
+        _gauge(request.app).look(),
     )
     readiness = Readiness(
-        status="ready" if database else "unavailable",
-        database="ok" if database else "unreachable",
+        status="unavailable" if database == "unreachable" else "ready",
+        database=database,
         temporal="ok" if temporal else "unreachable",
         ledger=ledger,
     )
-    return respond(readiness, 200 if database else 503)
+    return respond(readiness, 200 if readiness.status == "ready" else 503)
 
 
 def _gauge(app: FastAPI) -> LedgerGauge:
@@ -107,10 +112,20 @@ def _gauge(app: FastAPI) -> LedgerGauge:
     return gauge
 
 
-async def _database_answers(services: ApiServices) -> bool:
+async def _database_state(database: Database) -> Literal["ok", "busy", "unreachable"]:
+    # A statement that is cancelled still waits for Postgres to say so, hence nobody waits for the cancelled probe.
+    probe = asyncio.create_task(_answers(database))
+    await asyncio.wait([probe], timeout=_DATABASE_PROBE_S)
+    if probe.done() and probe.result():
+        return "ok"
+    probe.cancel()
+    return "busy" if database.is_busy() else "unreachable"
+
+
+async def _answers(database: Database) -> bool:
     try:
-        await services.database.system_rows("select 1")
-    except (DatabaseUnavailable, OSError):
+        await database.system_rows("select 1")
+    except (DatabaseUnavailable, psycopg.Error, OSError):
         return False
     return True
 

@@ -8,13 +8,14 @@ from uuid import UUID
 from fastapi import Query
 from pydantic import Field
 from starlette.requests import Request
+from starlette.responses import Response
 from temporalio.service import RPCError
 
+from api.afterwards import Afterwards
 from api.models import ListOf, ResponseModel, Timestamp, omittable
 from api.queries import From, PageOf50, To, listed
-from api.responses import JsonResponse, respond
+from api.responses import respond
 from api.route import ApiServices, Tx, make_router
-from db.session import Transaction
 from db.tables import LedgerVerification
 from domain import limits
 from domain.errors import Problem, Refusal, bad_field
@@ -25,7 +26,6 @@ from domain.ledger.queries import EntryFilter
 from domain.ledger.verifications import Status as VerificationStatus
 from domain.money import format_amount, parse_number
 from domain.pagination import Page
-from workflows.gateway import Gateway
 
 router = make_router("Ledger")
 
@@ -175,7 +175,7 @@ async def get_journal_entry(tx: Tx, id: UUID) -> EntryDetailOut:
     response_model=VerificationOut,
     responses={202: {"model": BackgroundVerificationOut, "description": "The chain is long: it is being checked."}},
 )
-async def verify_ledger(tx: Tx, request: Request) -> JsonResponse:
+async def verify_ledger(tx: Tx, request: Request) -> Response:
     """Check the whole hash chain from genesis, and every running balance.
 
     Above 100,000 entries it is checked in the background: 202 with a `verification_id`. One runs at a time, so a second
@@ -183,8 +183,7 @@ async def verify_ledger(tx: Tx, request: Request) -> JsonResponse:
     """
     walk = await verify.verify_chain(tx)
     if walk is None:
-        services: ApiServices = request.app.state.services
-        return respond(_present_record(await _verify_in_background(tx, services.gateway)), 202)
+        return _verify_in_background(tx.organization_id, request.app.state.services)
     return respond(
         VerificationOut(
             valid=walk.valid,
@@ -227,15 +226,19 @@ async def report_integrity(
     )
 
 
-async def _verify_in_background(tx: Transaction, gateway: Gateway) -> LedgerVerification:
-    # The record is written in this transaction, so that a start that fails leaves none. A start whose answer was lost
-    # runs all the same, and writes its record by itself.
-    try:
-        verification_id = await gateway.start_verification(tx.organization_id, new_id())
-    except (RPCError, RuntimeError) as error:
-        message = "Temporal is out of reach; no verification was started"
-        raise Refusal("service_unavailable", message) from error
-    return await verifications.announce(tx, verification_id)
+def _verify_in_background(organization_id: UUID, services: ApiServices) -> Response:
+    async def work() -> Response:
+        # The record comes after the start, so that a start that fails leaves none. A start whose answer was lost runs
+        # all the same, and writes its record by itself.
+        try:
+            verification_id = await services.gateway.start_verification(organization_id, new_id())
+        except (RPCError, RuntimeError) as error:
+            message = "Temporal is out of reach; no verification was started"
+            raise Refusal("service_unavailable", message) from error
+        async with services.database.transaction(organization_id) as tx:
+            return respond(_present_record(await verifications.announce(tx, verification_id)), 202)
+
+    return Afterwards(work)
 
 
 def _present_record(record: LedgerVerification) -> BackgroundVerificationOut:

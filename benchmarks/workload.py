@@ -51,10 +51,10 @@ def make_population(endpoint: Endpoint) -> Population:
     return Population(external_ids, [UUID(json.loads(body)["id"]) for body in report.bodies])
 
 
-def make_program(rest: Rest, name: str) -> BenchProgram:
+def make_program(rest: Rest, name: str, inventory_mode: str = "SIMPLE") -> BenchProgram:
     """Create a program with its assets and rules."""
     program_id = UUID(rest.post("/v1/programs", {"name": f"Benchmark {name}"})["id"])
-    asset_ids = [_make_asset(rest, program_id, name) for name in ("Points", "Cashback")]
+    asset_ids = [_make_asset(rest, program_id, name, inventory_mode) for name in ("Points", "Cashback")]
     for order, rule in enumerate(_rules(*asset_ids), start=1):
         rest.post("/v1/rules", {"program_id": str(program_id), "order": order, "stop_after_match": False, **rule})
     return BenchProgram(program_id, asset_ids)
@@ -113,12 +113,12 @@ def adjust_requests(
     return requests
 
 
-def _make_asset(rest: Rest, program_id: UUID, name: str) -> UUID:
+def _make_asset(rest: Rest, program_id: UUID, name: str, inventory_mode: str) -> UUID:
     asset = {
         "program_id": str(program_id),
         "name": name,
         "symbol": uuid4().hex[:16],
-        "inventory_mode": "SIMPLE",
+        "inventory_mode": inventory_mode,
         "issuance_policy": "UNLIMITED",
         "scale": 2,
     }

@@ -5,6 +5,7 @@ activity, a command) open one with `Database`, which also repeats it when Postgr
 """
 
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import DictRow, TupleRow, dict_row, tuple_row
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 from sqlalchemy import insert
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.sql import ClauseElement
@@ -37,14 +38,22 @@ REPEATABLE = (
     psycopg.errors.UniqueViolation,
 )
 ATTEMPTS = 4
+LOCK_TIMEOUT_MS = 5_000
 _SESSION_OPTIONS = (
-    "-c timezone=UTC -c lock_timeout=5000 -c statement_timeout=60000 -c idle_in_transaction_session_timeout=120000"
+    f"-c timezone=UTC -c lock_timeout={LOCK_TIMEOUT_MS} -c statement_timeout=60000"
+    " -c idle_in_transaction_session_timeout=120000"
 )
+# A database that has been silent for longer, while connections wait for it, counts as lost and not as busy.
+_SILENCE_S = 30.0
 _DIALECT = PGDialect_psycopg(paramstyle="pyformat")  # type: ignore[no-untyped-call]
 
 
 class DatabaseUnavailable(Exception):
-    """Postgres is out of reach, or too busy to serve this call in time. Nothing was done."""
+    """Postgres is out of reach, or too busy to serve this call in time. Nothing was done, but for `OutcomeUnknown`."""
+
+
+class OutcomeUnknown(DatabaseUnavailable):
+    """The connection was lost while the commit was under way: all of the transaction was done, or nothing."""
 
 
 @dataclass(slots=True)
@@ -108,10 +117,16 @@ class Transaction:
         self._after_commit.append(callback)
 
     async def _commit(self) -> None:
-        if self._last_statement is None:
-            await self.connection.execute("commit")
-        else:
-            await self.connection.execute(sql.SQL("{}; commit").format(self._last_statement))
+        commit = sql.SQL("commit")
+        if self._last_statement is not None:
+            commit = sql.SQL("{}; {}").format(self._last_statement, commit)  # type: ignore[assignment]
+        try:
+            await self.connection.execute(commit)
+        except psycopg.OperationalError as error:
+            # An error that leaves the connection alive is Postgres's word that it rolled back.
+            if not self.connection.closed:
+                raise
+            raise OutcomeUnknown(f"the connection was lost during the commit: {str(error).strip()}") from error
         for callback in self._after_commit:
             callback()
 
@@ -127,16 +142,23 @@ class Login:
 
 
 class Database:
-    """A bounded pool of connections to Postgres and the transactions on it."""
+    """A bounded pool of connections to Postgres and the transactions on it.
 
-    def __init__(self, url: str, *, size: int, timeout_s: float, clock: Callable[[], datetime]) -> None:
+    A call waits at most `timeout_s` seconds for one of `size` connections, and at most `max_waiting` calls wait.
+    """
+
+    def __init__(
+        self, url: str, *, size: int, timeout_s: float, clock: Callable[[], datetime], max_waiting: int = 1_000
+    ) -> None:
         self.clock = clock
+        self._lent = 0
+        self._answered_at = float("-inf")
         self._pool: AsyncConnectionPool[AsyncConnection[TupleRow]] = AsyncConnectionPool(
             conninfo(url),
             min_size=1,
             max_size=size,
             timeout=timeout_s,
-            max_waiting=1_000,
+            max_waiting=max_waiting,
             open=False,
             kwargs={"autocommit": True, "row_factory": tuple_row},
             reconnect_timeout=30,
@@ -161,7 +183,7 @@ class Database:
     ) -> AsyncIterator[Transaction]:
         """One transaction of `organization_id`: committed at the end of the block, rolled back on any exception.
 
-        Raises DatabaseUnavailable when no connection can be had.
+        Raises DatabaseUnavailable when no connection can be had, OutcomeUnknown when it is lost during the commit.
         """
         begin = sql.SQL("begin; select set_config('app.org', {}, true)").format(sql.Literal(str(organization_id)))
         async with self._begun(begin) as (connection, _):
@@ -174,7 +196,7 @@ class Database:
         """One transaction of the organization that the API key with this SHA-256 belongs to; None for no such key.
 
         The key is looked up in the message that begins the transaction, so authentication costs no round trip and a
-        revoked key is refused from the very next request on.
+        revoked key is refused from the very next request on. Raises what `transaction` raises.
         """
         begin = sql.SQL("begin; select * from login({})").format(sql.Literal(key_hash))
         async with self._begun(begin) as (connection, found):
@@ -208,17 +230,19 @@ class Database:
         raise DatabaseUnavailable("too many conflicting transactions")
 
     async def system_rows(self, query: LiteralString, params: Sequence[Any] = ()) -> list[TupleRow]:
-        """Run one query outside every organization: it sees only what a security-definer function shows."""
-        async with self._connection() as connection:
-            return await (await connection.execute(query, params)).fetchall()
+        """Run one query outside every organization: it sees only what a security-definer function shows.
 
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[AsyncConnection[TupleRow]]:
+        It must only read, as it is run again where a connection turns out to be lost. Raises DatabaseUnavailable.
+        """
+        connection, cursor = await self._start(query, params)
         try:
-            async with self._pool.connection() as connection:
-                yield connection
-        except PoolTimeout as error:
-            raise DatabaseUnavailable(f"no database connection: {error}") from error
+            return await cursor.fetchall()
+        finally:
+            await self._give_back(connection)
+
+    def is_busy(self) -> bool:
+        """Whether connections are in use and Postgres has answered on one lately, so that waiting for one is no loss of it."""
+        return self._lent > 0 and time.monotonic() - self._answered_at < _SILENCE_S
 
     @asynccontextmanager
     async def _begun(self, begin: sql.Composed) -> AsyncIterator[tuple[AsyncConnection[TupleRow], TupleRow | None]]:
@@ -233,26 +257,46 @@ class Database:
                 raise DatabaseUnavailable(str(error).strip()) from error
             raise
         finally:
-            await self._pool.putconn(connection)
+            await self._give_back(connection)
 
     async def _take(self, begin: sql.Composed) -> tuple[AsyncConnection[TupleRow], TupleRow | None]:
+        connection, cursor = await self._start(begin)
+        cursor.nextset()
+        return connection, await cursor.fetchone()
+
+    async def _start(
+        self, statement: LiteralString | sql.Composed, params: Sequence[Any] | None = None
+    ) -> tuple[AsyncConnection[TupleRow], psycopg.AsyncCursor[TupleRow]]:
+        """A connection on which `statement` ran first. The caller gives it back."""
         # Connections that died while they lay in the pool show it at their first statement: nothing was done yet.
         for _ in range(self._pool.max_size + 1):
+            connection = await self._lend()
             try:
-                connection = await self._pool.getconn()
-            except PoolTimeout as error:
-                raise DatabaseUnavailable(f"no database connection: {error}") from error
-            try:
-                cursor = await connection.execute(begin)
-                cursor.nextset()
-                return connection, await cursor.fetchone()
+                cursor = await connection.execute(statement, params)
             except BaseException as error:
                 lost = connection.closed
                 await _rollback(connection)
-                await self._pool.putconn(connection)
-                if not (isinstance(error, psycopg.OperationalError) and lost):
+                await self._give_back(connection)
+                if not isinstance(error, psycopg.OperationalError) or isinstance(error, REPEATABLE):
                     raise
+                if not lost:
+                    raise DatabaseUnavailable(str(error).strip()) from error
+            else:
+                self._answered_at = time.monotonic()
+                return connection, cursor
         raise DatabaseUnavailable("the database closes its connections")
+
+    async def _lend(self) -> AsyncConnection[TupleRow]:
+        try:
+            connection = await self._pool.getconn()
+        except (PoolTimeout, PoolClosed, TooManyRequests) as error:
+            raise DatabaseUnavailable(f"no database connection: {error}") from error
+        self._lent += 1
+        return connection
+
+    async def _give_back(self, connection: AsyncConnection[TupleRow]) -> None:
+        self._lent -= 1
+        await self._pool.putconn(connection)
 
 
 def conninfo(url: str) -> str:

@@ -351,6 +351,8 @@ class Event(SQLModel, table=True):
             postgresql_where=text("status = 'FAILED'"),
         ),
         Index(None, "organization_id", "created_at", "id"),
+        Index(None, "organization_id", "program_id", "created_at", "id"),
+        Index(None, "organization_id", "external_id", "created_at", "id"),
         Index(None, "organization_id", "participant_id", "created_at", "id"),
     )
 

@@ -6,7 +6,7 @@ from uuid_utils.compat import uuid7
 
 EVENT_NAMESPACE = UUID("6f1c1a52-3c1e-5d0b-9a55-5c7d0e6b9a11")
 
-__all__ = ["EVENT_NAMESPACE", "event_id", "new_id"]
+__all__ = ["EVENT_NAMESPACE", "event_id", "new_id", "stopped_evaluation_id"]
 
 
 def new_id() -> UUID:
@@ -17,3 +17,8 @@ def new_id() -> UUID:
 def event_id(program_id: UUID, idempotency_key: str) -> UUID:
     """The id of the event with this key: the same for every retry. Contract: rules-and-events.md 7.4."""
     return uuid5(EVENT_NAMESPACE, f"{program_id}:{idempotency_key}")
+
+
+def stopped_evaluation_id(event_id: UUID, rule_id: UUID) -> UUID:
+    """The id of the record of a rule that was stopped: it is not stored, and is the same whenever it is shown."""
+    return uuid5(event_id, str(rule_id))

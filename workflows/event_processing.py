@@ -14,6 +14,7 @@ from temporalio.common import RetryPolicy
 
 with workflow.unsafe.imports_passed_through():
     from activities.events import DrainReport, DrainRequest, EventActivities, PauseRequest
+    from workflows.summaries import summary
 
 IDLE_LIMIT = timedelta(minutes=1)
 
@@ -90,7 +91,7 @@ class EventProcessing:
         return await workflow.execute_activity_method(
             EventActivities.drain_events,
             DrainRequest(request.organization_id, request.program_id),
-            summary=f"drain the queue of {request.program_name}",
+            summary=summary(f"drain the queue of {request.program_name}"),
             start_to_close_timeout=timedelta(minutes=2),
             heartbeat_timeout=timedelta(seconds=10),
             retry_policy=RetryPolicy(

@@ -33,6 +33,7 @@ from workflows.hold import Hold, HoldInput
 from workflows.hold_ends import HoldEnds, HoldEndsInput
 from workflows.ledger_verification import LedgerVerification, VerificationInput
 from workflows.search_attributes import ORGANIZATION, PARTICIPANT, PROGRAM, SEARCH_ATTRIBUTES
+from workflows.summaries import summary
 
 logger = logging.getLogger("scrip.temporal")
 
@@ -98,7 +99,7 @@ class Gateway:
                 task_queue=queues.LEDGER,
                 start_signal="wake",
                 id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
-                static_summary=f"Events of {program_name}",
+                static_summary=summary(f"Events of {program_name}"),
                 search_attributes=await self._attributes(client, organization_id, program_id),
                 rpc_timeout=self._timeout,
             )
@@ -258,7 +259,7 @@ class Gateway:
                 task_queue=queues.LIFECYCLE,
                 start_signal="wake",
                 id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
-                static_summary=f"Ends of holds of {program_name}"[:200],
+                static_summary=summary(f"Ends of holds of {program_name}"),
                 search_attributes=await self._attributes(client, organization_id, program_id),
                 rpc_timeout=self._timeout,
             )

@@ -18,6 +18,7 @@ with workflow.unsafe.imports_passed_through():
     from domain.hold_ends import Order
     from workflows import queues
     from workflows.shield import through_cancel
+    from workflows.summaries import summary
 
 IDLE_LIMIT = timedelta(minutes=1)
 _RETRIES = RetryPolicy(initial_interval=timedelta(milliseconds=200), maximum_interval=timedelta(seconds=5))
@@ -103,7 +104,7 @@ class HoldEnds:
             DueHoldActivities.end_due,
             DueHolds(request.organization_id, request.program_id, self._due),
             task_queue=queues.LEDGER,
-            summary=f"end due holds of {request.program_name}"[:200],
+            summary=summary(f"end due holds of {request.program_name}"),
             start_to_close_timeout=timedelta(minutes=2),
             heartbeat_timeout=timedelta(seconds=30),
             retry_policy=_RETRIES,

@@ -6,7 +6,8 @@ touch in the global order; then the state, read again under them. What expressio
 batch once on unlocked reads (the scout pass), only where rules have targets at all. Contract: rules-and-events.md 4, 7.
 """
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, LiteralString
@@ -45,13 +46,14 @@ async def process_batch(
     retries: RetryPolicy,
     poison: str | None = None,
     only: UUID | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> BatchResult:
     """Process up to `limit` due events of a program in one transaction; zero events when none is due.
 
     With `poison` the events are not applied but end FAILED with that message: it is what happens to the one event of a
     batch that cannot be processed at all. With `only` the batch is that event alone, and nothing when it isn't the next
-    one any more: another attempt has taken it, or a wait has ended meanwhile. Raises what the database raises; then
-    nothing of the batch has happened.
+    one any more: another attempt has taken it, or a wait has ended meanwhile. `progress` is called after each event.
+    Raises what the database raises; then nothing of the batch has happened.
     """
     async with database.transaction(organization_id) as tx:
         await _take_lane(tx, program_id)
@@ -65,7 +67,7 @@ async def process_batch(
             await _write_events(tx, [Outcome(event, "FAILED", error=poison) for event in events], retries)
             return BatchResult(len(events), failed=len(events))
         rules = await load_rule_set(tx, program_id, program["rules_version"])
-        world, outcomes = await _apply(tx, program, rules, events)
+        world, outcomes = await _apply(tx, program, rules, events, progress)
         await faults.reach("batch.applied")
         await _write(tx, world, outcomes, retries)
         await faults.reach("batch.written")
@@ -196,19 +198,20 @@ class BatchTooWide(Exception):
 
 
 async def _apply(
-    tx: Transaction, program: DictRow, rules: RuleSet, events: Sequence[QueuedEvent]
+    tx: Transaction,
+    program: DictRow,
+    rules: RuleSet,
+    events: Sequence[QueuedEvent],
+    progress: Callable[[], None],
 ) -> tuple[World, list[Outcome]]:
-    """Apply the events to a world whose every holder is locked, and return both."""
+    """Apply the events to a world whose every holder is locked, and return both; slow ones only as far as time went."""
     members = {reference for event in events for reference in _references(event)}
     references = set(members)
     scouting = rules.has_targets
     for _ in range(limits.BATCH_GROWTHS + scouting):
         await tx.execute("savepoint batch")
         world = await _load(tx, program, rules, references, members, locked=not scouting)
-        outcomes = []
-        for event in events:
-            await faults.reach("event.applying", event.external_id)
-            outcomes.append(apply_event(world, rules, event, tx.now))
+        outcomes = await _apply_in_order(world, rules, events, tx.now, progress)
         references = members | world.reached
         if not world.missing and not scouting and not _created_in_vain(world, references):
             return world, [outcome for outcome in outcomes if outcome is not None]
@@ -216,6 +219,21 @@ async def _apply(
         await tx.execute("rollback to savepoint batch")
         scouting = scouting and bool(world.missing)
     raise BatchTooWide(f"{len(events)} events")
+
+
+async def _apply_in_order(
+    world: World, rules: RuleSet, events: Sequence[QueuedEvent], now: datetime, progress: Callable[[], None]
+) -> list[Outcome | None]:
+    """Apply the events one after another; slow ones cut the batch short, and what is left waits for the next."""
+    outcomes: list[Outcome | None] = []
+    ends_at = time.monotonic() + limits.BATCH_CUT_MS / 1000
+    for event in events:
+        if outcomes and time.monotonic() > ends_at:
+            break
+        await faults.reach("event.applying", event.external_id)
+        outcomes.append(apply_event(world, rules, event, now))
+        progress()
+    return outcomes
 
 
 def _created_in_vain(world: World, references: set[Reference]) -> bool:
@@ -365,8 +383,8 @@ async def _enroll(tx: Transaction, program_id: UUID, participant_ids: set[UUID])
 
 
 _ASSETS = """
-select a.id, a.scale, a.issuance_policy = 'PREFUNDED', a.status = 'ARCHIVED', l.asset_id is not null,
-       a.max_transaction_amount
+select a.id, a.scale, a.inventory_mode = 'LOT', a.issuance_policy = 'PREFUNDED',
+       a.status = 'ARCHIVED', l.asset_id is not null, a.max_transaction_amount
 from asset a
 left join program_asset l on l.organization_id = a.organization_id and l.program_id = %s and l.asset_id = a.id
 where a.organization_id = %s and a.id = any(%s)

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -49,15 +50,17 @@ async def drain(
     *,
     after_loss: bool = False,
     pace_s: Callable[[], float] = lambda: limits.DRAIN_POLL_MS / 1000,
+    turns: AbstractContextManager[object] | None = None,
 ) -> DrainResult:
     """Process due events of a program for at most ten seconds; `progress` is told the events so far after each batch.
 
-    `pace_s` says how long to wait, in seconds, before looking again at a queue that has just been emptied.
+    `pace_s` says how long to wait, in seconds, before looking again at a queue that has just been emptied. `turns` is
+    entered for each batch: drains in other threads share it, so that few batches at once hold locks and compute.
 
     `after_loss` says that the attempt before this one was lost: the first events are then taken one by one, each with
     a mark, so that one that brings its worker down is found and ends FAILED instead of holding up the rest.
     """
-    queue = _Queue(database, organization_id, program_id, retries)
+    queue = _Queue(database, organization_id, program_id, retries, progress, turns or nullcontext())
     if after_loss:
         queue.cautious_events = limits.BATCH_EVENTS
     ends_at = time.monotonic() + limits.DRAIN_LIMIT_S
@@ -84,7 +87,18 @@ async def drain(
 class _Queue:
     """The batches of one drain: how large the next one is, and what to do with one that can't be processed."""
 
-    def __init__(self, database: Database, organization_id: UUID, program_id: UUID, retries: RetryPolicy) -> None:
+    def __init__(
+        self,
+        database: Database,
+        organization_id: UUID,
+        program_id: UUID,
+        retries: RetryPolicy,
+        progress: Callable[[int], None],
+        turns: AbstractContextManager[object],
+    ) -> None:
+        self._progress = progress
+        self._turns = turns
+        self._told_at = time.monotonic()
         self._database = database
         self._organization_id = organization_id
         self._program_id = program_id
@@ -155,9 +169,23 @@ class _Queue:
         return self._count(await self._batch(1, poison=cause, only=event_id))
 
     async def _batch(self, limit: int, *, poison: str | None = None, only: UUID | None = None) -> BatchResult:
-        return await process_batch(
-            self._database, self._organization_id, self._program_id, limit, self._retries, poison, only
-        )
+        with self._turns:
+            return await process_batch(
+                self._database,
+                self._organization_id,
+                self._program_id,
+                limit,
+                self._retries,
+                poison,
+                only,
+                self._beat,
+            )
+
+    def _beat(self) -> None:
+        """Tell that the drain is alive, a batch of slow events included: once a second, as telling costs too."""
+        if time.monotonic() - self._told_at > 1:
+            self._told_at = time.monotonic()
+            self._progress(self.events)
 
     def _count(self, result: BatchResult) -> int:
         self.events += result.events

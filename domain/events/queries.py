@@ -13,6 +13,7 @@ from sqlmodel import col, select
 from db.session import Transaction
 from db.tables import Event
 from domain.errors import Refusal, bad_field, not_found
+from domain.ids import stopped_evaluation_id
 from domain.pagination import Page, PageRequest, paginate
 from domain.rules.cel import ExpressionError, compile_expression
 
@@ -51,7 +52,7 @@ async def find(
     }
     conditions += [column == value for column, value in equal.items() if value is not None]
     if wanted.rule_id is not None:
-        # As `@>`, which the index on the array serves.
+        # No index can serve this under row-level security; rules that match are found soon among the newest events.
         conditions.append(type_coerce(col(Event.matched_rule_ids), ARRAY(Uuid)).contains([wanted.rule_id]))
     for column, low, high in (
         (col(Event.created_at), wanted.created_from, wanted.created_to),
@@ -140,27 +141,37 @@ update event set status = 'PENDING', attempts = 0, starts = 0, due_at = null, pr
 where organization_id = %(organization_id)s and status = 'FAILED'
 """
 
+_VERSION = "select rule_id, snapshot from rule_history where organization_id = %s and id = %s"
+
+# One look into the index per rule: reading the whole history would take longer with every change of a rule.
 _VERSIONS = """
-select distinct on (rule_id) id, rule_id, snapshot from rule_history
-where organization_id = %s and program_id = %s and changed_at <= %s
-order by rule_id, changed_at desc, id desc
+select version.id, version.rule_id, version.snapshot
+from rule r
+cross join lateral (
+    select id, rule_id, snapshot from rule_history h
+    where h.organization_id = r.organization_id and h.rule_id = r.id and h.changed_at <= %(processed_at)s
+    order by h.changed_at desc, h.id desc limit 1
+) version
+where r.organization_id = %(organization_id)s and r.program_id = %(program_id)s
 """
 
 
 async def _stopped(tx: Transaction, event: Event, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records of the rules that did not run because a rule before them stopped the walk."""
-    if not event.matched_rule_ids or event.processed_at is None:
+    stopping = await _stopping_version(tx, records)
+    if stopping is None or event.processed_at is None:
         return []
-    scope = (tx.organization_id, event.program_id, event.processed_at)
+    scope = {
+        "organization_id": tx.organization_id,
+        "program_id": event.program_id,
+        "processed_at": event.processed_at,
+    }
     versions = await tx.rows(_VERSIONS, scope)
-    stopping = _stopping_rule(versions, records)
-    if stopping is None:
-        return []
     behind = [row for row in versions if _was_behind(row["snapshot"], stopping["snapshot"], event)]
     behind.sort(key=lambda row: int(row["snapshot"]["order"]))
     return [
         {
-            "id": row["id"],
+            "id": stopped_evaluation_id(event.id, row["rule_id"]),
             "rule_id": row["rule_id"],
             "rule_name": row["snapshot"]["name"],
             "rule_history_id": row["id"],
@@ -173,13 +184,12 @@ async def _stopped(tx: Transaction, event: Event, records: list[dict[str, Any]])
     ]
 
 
-def _stopping_rule(versions: list[DictRow], records: list[dict[str, Any]]) -> DictRow | None:
+async def _stopping_version(tx: Transaction, records: list[dict[str, Any]]) -> DictRow | None:
     """The version of the last rule that matched, if it stops the walk."""
     matched = [record for record in records if record["status"] == "SUCCESS"]
     if not matched:
         return None
-    by_id = {str(row["id"]): row for row in versions}
-    last = by_id.get(str(matched[-1]["rule_history_id"]))
+    last = await tx.row(_VERSION, (tx.organization_id, matched[-1]["rule_history_id"]))
     return last if last is not None and last["snapshot"]["stop_after_match"] else None
 
 

@@ -199,13 +199,14 @@ def _refuse_assets(actions: Sequence[Action], code: str, message: str, is_wrong:
 
 def _mode_problems(action: Action, inventory_mode: str) -> list[Problem]:
     path = f"actions[{action.index}]"
-    if inventory_mode in not_yet.INVENTORY_MODES:
-        return [Problem(f"{path}.asset_id", not_yet.message(f"actions on {inventory_mode} assets"))]
-    return [
-        Problem(f"{path}.{name}", f"{name} needs an asset of inventory_mode LOT", received=action.raw[name])
-        for name in _LOT_FIELDS
-        if action.raw.get(name) is not None
-    ]
+    lot_fields = [name for name in _LOT_FIELDS if action.raw.get(name) is not None]
+    if inventory_mode == "SIMPLE":
+        message = "{} needs an asset of inventory_mode LOT"
+        return [Problem(f"{path}.{name}", message.format(name), received=action.raw[name]) for name in lot_fields]
+    problems = [Problem(f"{path}.{name}", not_yet.message(name), received=action.raw[name]) for name in lot_fields]
+    if action.type in not_yet.LOT_ACTION_TYPES:
+        problems.append(Problem(f"{path}.asset_id", not_yet.message(f"{action.type} actions on LOT assets")))
+    return problems
 
 
 def _refusal(problems: Sequence[Problem]) -> Refusal:

@@ -12,7 +12,7 @@ from domain.errors import bad_field
 ACTION_TYPES = frozenset({"HOLD", "RELEASE", "FORFEIT", "VOID_HOLD", "SET_TIER", "SCHEDULE_EVENT", "BROADCAST"})
 TARGET_TYPES = frozenset({"GROUP"})
 BUCKETS = frozenset({"HELD"})
-INVENTORY_MODES = frozenset({"LOT"})
+LOT_ACTION_TYPES = frozenset({"DEBIT"})
 
 
 def message(what: str) -> str:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from api.app import create_app
 from api.route import Tx, make_router
-from db.session import Database
+from db.session import ATTEMPTS, Database
 from domain import limits
 from settings import Settings
 from tests.api.calls import all_pages, new_program, problem, wrong_fields
@@ -319,7 +319,7 @@ async def test_a_conflict_that_does_not_end_is_a_503(faulty: Faulty, fault: Call
     faulty.behave = behave
     answer, rows = await fault()
     problem(answer, 503, "service_unavailable")
-    assert (faulty.calls, rows) == (limits.TRANSACTION_ATTEMPTS, 0)
+    assert (faulty.calls, rows) == (ATTEMPTS, 0)
 
 
 async def test_a_lock_that_is_not_had_in_time_is_a_503(faulty: Faulty, fault: Callable[[], Any]) -> None:

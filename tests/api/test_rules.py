@@ -333,13 +333,19 @@ async def test_lot_fields_on_a_simple_asset_are_refused(
     assert_refused(await client.post("/rules", json=body), 400, "bad_request", f"actions[0].{field}")
 
 
-async def test_lot_assets_wait_for_a_later_version(
+async def test_a_credit_makes_lots_and_their_terms_wait_for_a_later_version(
     client: httpx.AsyncClient, program_id: str, new_asset: NewAsset
 ) -> None:
-    body = rule_body(program_id, actions=[credit(await new_asset(inventory_mode="LOT"))])
+    lots = await new_asset(inventory_mode="LOT")
+    accepted = await client.post("/rules", json=rule_body(program_id, actions=[credit(lots)]))
+    assert accepted.status_code == 201, accepted.text
 
-    refused = assert_refused(await client.post("/rules", json=body), 400, "bad_request", "actions[0].asset_id")
-    assert "yet" in refused["details"]["fields"][0]["message"]
+    for field in ("expires_at", "matures_at", "reference_id"):
+        body = rule_body(program_id, actions=[credit(lots, **{field: "8760h"})])
+        refused = assert_refused(await client.post("/rules", json=body), 400, "bad_request", f"actions[0].{field}")
+        assert "yet" in refused["details"]["fields"][0]["message"]
+    body = rule_body(program_id, actions=[{**credit(lots), "type": "DEBIT"}])
+    assert_refused(await client.post("/rules", json=body), 400, "bad_request", "actions[0].asset_id")
 
 
 async def test_a_program_target_is_the_rules_own_program(

@@ -342,6 +342,39 @@ async def test_without_temporal_none_is_started_or_recorded(
     assert owner.execute(query, (organization.id,)).fetchone() == (0,)
 
 
+async def test_waiting_for_temporal_holds_no_database_connection(
+    settings: Settings,
+    database_url: str,
+    shared_clock: SettableClock,
+    organization: Tenant,
+    entries: list[UUID],
+) -> None:
+    """The pool has one connection: who asks for it while Temporal is being waited for gets it."""
+    database = Database(database_url, size=1, timeout_s=5, clock=shared_clock)
+
+    class Slow(Gateway):
+        async def start_verification(self, organization_id: UUID, verification_id: UUID) -> UUID:
+            async with database.transaction(organization_id):
+                return verification_id
+
+    app = create_app(settings, database, shared_clock, Slow.from_settings(settings))
+    await database.open()
+    try:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(app),
+                base_url="http://scrip.test/v1",
+                headers={"Authorization": f"Bearer {organization.api_key}"},
+            ) as client,
+        ):
+            answer = await client.get("/ledger/verify")
+    finally:
+        await database.close()
+
+    assert (answer.status_code, answer.json()["status"]) == (202, "RUNNING"), answer.text
+
+
 @pytest.mark.usefixtures("nobody_works")
 async def test_a_verification_of_another_organization_is_not_found(
     client: httpx.AsyncClient, other_client: httpx.AsyncClient, entries: list[UUID]

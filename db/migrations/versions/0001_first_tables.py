@@ -131,6 +131,18 @@ def upgrade() -> None:
         unique=False,
     )
     op.create_index(
+        op.f("event_organization_id_program_id_created_at_id_idx"),
+        "event",
+        ["organization_id", "program_id", "created_at", "id"],
+        unique=False,
+    )
+    op.create_index(
+        op.f("event_organization_id_external_id_created_at_id_idx"),
+        "event",
+        ["organization_id", "external_id", "created_at", "id"],
+        unique=False,
+    )
+    op.create_index(
         op.f("event_organization_id_participant_id_created_at_id_idx"),
         "event",
         ["organization_id", "participant_id", "created_at", "id"],

@@ -341,3 +341,37 @@ async def test_each_program_draws_on_its_own_wallet(program: EventProgram) -> No
 
     assert (await other.run("alice")).error_message == "action CREDIT failed: insufficient program balance"
     assert (await program.run("alice")).status == "COMPLETED"
+
+
+# --- lots ---
+
+
+async def test_every_credit_of_a_lot_asset_makes_a_lot_that_names_its_entry(program: EventProgram) -> None:
+    nights = await program.asset(inventory_mode="LOT", scale=0)
+    await program.rule("true", credit(nights, "2"), credit(nights, "3"))
+
+    await program.send("alice")
+    await program.send("alice")
+    await program.settle(10)
+
+    async with program.database.transaction(program.organization_id) as tx:
+        lots = await tx.rows(
+            "select l.amount, l.remaining, l.status, e.action_type from lot l"
+            " join journal_entry e on e.organization_id = l.organization_id and e.id = l.entry_id"
+            " where l.organization_id = %s order by l.created_at, l.id",
+            (program.organization_id,),
+        )
+    assert [(lot["amount"], lot["remaining"], lot["status"]) for lot in lots] == [
+        (Decimal(amount), Decimal(amount), "AVAILABLE") for amount in (2, 3, 2, 3)
+    ]
+    assert {lot["action_type"] for lot in lots} == {"CREDIT"}
+
+
+async def test_an_event_that_fails_leaves_no_lot(program: EventProgram) -> None:
+    nights = await program.asset(inventory_mode="LOT", scale=0)
+    await program.rule("true", credit(nights, "2"), credit(nights, "0.5"))
+
+    await program.run()
+
+    async with program.database.transaction(program.organization_id) as tx:
+        assert await tx.row("select 1 from lot where organization_id = %s", (program.organization_id,)) is None

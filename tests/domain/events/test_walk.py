@@ -85,6 +85,39 @@ async def test_stopped_rules_are_those_of_the_time_of_processing(program: EventP
     assert records[1]["rule_history_id"] == second.history_id
 
 
+async def test_a_stopped_rule_has_an_id_of_its_own_in_each_event(program: EventProgram) -> None:
+    await program.rule("true", tag("a"), stop_after_match=True)
+    second = await program.rule("true", tag("b"))
+    events = [await program.run(), await program.run()]
+
+    first_look, second_look = [
+        [(await program.evaluations(event.id))[1]["id"] for event in events] for _ in ("once", "again")
+    ]
+
+    assert first_look == second_look
+    assert len({*first_look, second.id, second.history_id}) == 4
+
+
+async def test_a_last_match_that_does_not_stop_lists_no_stopped_rules(program: EventProgram) -> None:
+    await program.rule("event.n == 2", tag("a"), stop_after_match=True)
+    await program.rule("true", tag("b"), name="last")
+    await program.rule("event.missing == 1", tag("c"), name="broken")
+
+    event = await program.run(n=1)
+
+    assert outline(await program.evaluations(event.id)) == [("last", "SUCCESS", None)]
+
+
+async def test_another_programs_rules_are_not_listed_as_stopped(program: EventProgram) -> None:
+    other = await EventProgram.open(program.database, program.organization_id)
+    await other.rule("true", tag("x"), name="foreign", order=9)
+    await program.rule("true", tag("a"), name="first", order=1, stop_after_match=True)
+
+    event = await program.run()
+
+    assert outline(await program.evaluations(event.id)) == [("first", "SUCCESS", None)]
+
+
 async def test_a_rule_outside_its_window_is_skipped_by_wall_clock(program: EventProgram, clock: SettableClock) -> None:
     opens, closes = datetime(2026, 3, 1, tzinfo=UTC), datetime(2026, 4, 1, tzinfo=UTC)
     await program.rule("true", tag("x"), active_from=opens, active_to=closes)
