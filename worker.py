@@ -12,13 +12,14 @@ from datetime import timedelta
 from typing import Any
 
 from temporalio.client import Client
+from temporalio.service import RPCError
 from temporalio.worker import Worker
 
 from activities.events import EventActivities
 from activities.holds import DueHoldActivities, HoldActivities
 from activities.ledger import LedgerActivities
 from activities.upkeep import ReconcileActivities, ReconcileReport, UpkeepActivities
-from db.session import Database
+from db.session import Database, DatabaseUnavailable
 from domain import limits
 from domain.clock import Clock, system_clock
 from domain.events.retries import RetryPolicy
@@ -148,6 +149,8 @@ async def keep_reconciled(database: Database, gateway: Gateway) -> None:
             if woken := await look(database, gateway):
                 logger.info("woke the event processing of %d programs", woken)
             look = find_lost_wakes
+        except (DatabaseUnavailable, RPCError, RuntimeError) as error:
+            logger.warning("looking for lost wakes failed, trying again: %s", error)
         except Exception:
             # Whatever it was: without this loop an event whose wake got lost would wait for ever.
             logger.exception("looking for lost wakes failed, trying again")
@@ -159,6 +162,8 @@ async def start_missing_holds(database: Database, gateway: Gateway) -> None:
     try:
         holds = await reconcile_holds(database, gateway)
         logger.info("started the workflows of %d holds, woke HoldEnds of %d programs", holds.started, holds.woken)
+    except (DatabaseUnavailable, RPCError, RuntimeError) as error:
+        logger.warning("looking for holds without a workflow failed: %s", error)
     except Exception:
         logger.exception("looking for holds without a workflow failed")
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -30,9 +31,10 @@ class UpkeepRequest:
 
 @dataclass(frozen=True)
 class UpkeepReport:
-    """What was done. `after` is the last organization that was finished; `failed` counts those that went wrong.
+    """What was done. Go on after the organization `after`, if not `finished`; `failed` counts those that went wrong.
 
-    `counts` are by what was done: matured, expired, holds ended, checkpoints, promises withdrawn, drifts found.
+    `organizations` counts those that were finished. `counts` are by what was done: matured, expired, holds ended,
+    failures, checkpoints, promises withdrawn, drifts found.
     """
 
     after: UUID | None
@@ -66,7 +68,39 @@ class _Span:
         self._ends_at = time.monotonic() + limits.SWEEP_S
 
     def is_over(self) -> bool:
-        return time.monotonic() > self._ends_at
+        """Also when nobody waits any more: what was done so far is reported, the rest is for the next run."""
+        return activity.is_cancelled() or activity.is_worker_shutdown() or time.monotonic() > self._ends_at
+
+
+class _SweepRounds:
+    """Sweeps that take turns, and what they did."""
+
+    def __init__(self, span: _Span) -> None:
+        self.waiting: deque[upkeep.Sweep] = deque()
+        self._span = span
+        self._finished = 0
+        self._failed: set[UUID] = set()
+        self._done = upkeep.Swept()
+
+    async def take(self, sweep: upkeep.Sweep) -> None:
+        """Do a slice of this sweep, and let it wait for its next turn where there is more to do."""
+        done, finished = await sweep.go_on(progress=self._span.progress, is_over=self._span.is_over)
+        self._span.progress()
+        self._done += done
+        if done.failed:
+            self._failed.add(sweep.organization_id)
+        if finished:
+            self._finished += 1
+        else:
+            self.waiting.append(sweep)
+
+    def report(self, after: UUID | None, *, finished: bool) -> UpkeepReport:
+        """What all of them did so far."""
+        done = self._done
+        counts = {"matured": done.matured, "expired": done.expired, "holds ended": done.holds_ended}
+        if done.failed:
+            counts["failures"] = done.failed
+        return UpkeepReport(after, finished, self._finished, len(self._failed), counts)
 
 
 class UpkeepActivities:
@@ -79,21 +113,26 @@ class UpkeepActivities:
     # Without this a cancellation is thrown into the thread at any point, also between a write and its commit.
     @activity.defn(name="sweep", no_thread_cancel_exception=True)
     def sweep(self, request: UpkeepRequest) -> UpkeepReport:
-        """Book what is due: maturities, expiries, and ends of holds that nobody carried out in time."""
+        """Book what is due: maturities, expiries, and ends of holds that nobody carried out in time.
 
-        async def work(database: Database, organization_id: UUID, span: _Span) -> tuple[dict[str, int], bool]:
-            swept, finished = await upkeep.sweep(
-                database,
-                organization_id,
-                at=request.due,
-                hold_grace=timedelta(seconds=limits.OVERDUE_HOLD_S),
-                progress=span.progress,
-                is_over=span.is_over,
-            )
-            counts = {"matured": swept.matured, "expired": swept.expired, "holds ended": swept.holds_ended}
-            return counts, finished
+        Every organization gets a slice of a few batches. Those with a backlog get their next ones when all others have
+        had theirs: in this step while there is time, then in another round from the first organization.
+        """
+        return asyncio.run(self._sweep(request))
 
-        return asyncio.run(self._for_organizations(request, work))
+    async def _sweep(self, request: UpkeepRequest) -> UpkeepReport:
+        span, after = _Span(activity.heartbeat), request.after
+        rounds = _SweepRounds(span)
+        async with connected(self._database_url, self._clock) as database:
+            while page := await organizations_after(database, after, limits.ORGANIZATIONS_PER_PAGE):
+                for after in page:
+                    grace = timedelta(seconds=limits.OVERDUE_HOLD_S)
+                    await rounds.take(upkeep.Sweep(database, after, at=request.due, hold_grace=grace))
+                    if span.is_over():
+                        return rounds.report(after, finished=False)
+            while rounds.waiting and not span.is_over():
+                await rounds.take(rounds.waiting.popleft())
+        return rounds.report(None, finished=False) if rounds.waiting else rounds.report(after, finished=True)
 
     @activity.defn(name="maintain", no_thread_cancel_exception=True)
     def maintain(self, request: UpkeepRequest) -> UpkeepReport:

@@ -250,9 +250,10 @@ def _serve(router: APIRouter, path: str, holder_type: HolderType) -> None:
     adjust_out = AdjustOut if holder_type == "PARTICIPANT" else GroupAdjustOut
 
     @router.post(f"{path}/{{id}}/balances/adjust", response_model=adjust_out)
-    async def adjust_balance(tx: Tx, id: UUID, body: Adjust) -> JsonResponse:
+    async def adjust_balance(request: Request, tx: Tx, id: UUID, body: Adjust) -> JsonResponse:
         """Credit or debit by hand."""
         result = await balances.adjust(tx, Holder(holder_type, id), body.request())
+        tell_ended_holds(tx, request.app.state.services, result)
         return respond_dict(_adjusted(holder_type, body, result), replayed=result.replayed)
 
     @router.post(f"{path}/{{id}}/balances/hold", response_model=OperationOut)
@@ -321,7 +322,7 @@ async def _outcome(services: ApiServices, reservation: Reservation) -> Operation
         return found
 
 
-def tell_ended_holds(tx: Transaction, services: ApiServices, result: OperationResult) -> None:
+def tell_ended_holds(tx: Transaction, services: ApiServices, result: AdjustResult | OperationResult) -> None:
     """Tell the workflows of the holds that this operation ended, after the commit and without waiting for it."""
     if result.ended_holds:
         tx.after_commit(lambda: services.gateway.tell_holds_ended(result.ended_holds))

@@ -26,6 +26,7 @@ from api.state import HistoryQuery, StateChangeOut, present_change
 from db.tables import Group
 from domain import groups, state
 from domain.groups import GroupFilter, GroupRole, GroupStatus, Member, MemberStatus, NewMember
+from domain.ledger import moments
 from domain.ledger.balances import holder_totals
 
 router = make_router("Groups")
@@ -220,10 +221,14 @@ async def list_group_balances(
     tx: Tx,
     id: UUID,
     program_id: Annotated[UUID | None, Query(description="Only what this program's entries add up to.")] = None,
+    as_of: Annotated[
+        Timestamp | None, Query(description="The totals at this instant; one in the future means now.")
+    ] = None,
 ) -> ListOf[GroupBalanceOut]:
-    """List the group's total of each asset; assets never touched are absent."""
+    """List the group's total of each asset, now or at an instant; assets never touched are absent."""
     await state.require(tx, "group", id)
-    totals = await holder_totals(tx, id, program_id)
+    moment = None if as_of is None else await moments.at(tx, as_of)
+    totals = await holder_totals(tx, id, program_id, moment)
     rows = [GroupBalanceOut(asset_id=total.asset_id, balance=total.text) for total in totals]
     return ListOf[GroupBalanceOut].model_construct(**whole_list(rows))
 

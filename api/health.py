@@ -86,7 +86,7 @@ async def get_health() -> JsonResponse:
 
 @router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 async def get_readiness(request: Request) -> JsonResponse:
-    """Answer 200 when the database is reachable, be it busy, else 503; Temporal and ledgers are shown, but don't decide.
+    """Answer 200 when the database is reachable, however busy, else 503; Temporal and ledgers are shown only.
 
     A ledger found invalid is a matter for people: taking every process out of service would help nobody.
     """

@@ -20,7 +20,7 @@ from db.tables import LedgerVerification
 from domain import limits
 from domain.errors import Problem, Refusal, bad_field
 from domain.ids import new_id
-from domain.ledger import queries, verifications, verify
+from domain.ledger import moments, queries, verifications, verify
 from domain.ledger.books import ActionType, Bucket, EntityType
 from domain.ledger.queries import EntryFilter
 from domain.ledger.verifications import Status as VerificationStatus
@@ -76,10 +76,12 @@ class EntryDetailOut(EntryOut):
 class VerificationOut(ResponseModel):
     """The outcome of a check of the whole chain."""
 
-    valid: bool = Field(description="Every hash, sum, running balance and the head hold.")
+    valid: bool = Field(description="Everything checked holds: the chain, every running balance, lots and holds.")
     organization_id: UUID
     entries_checked: int
-    first_invalid_entry_id: UUID | None = Field(description="The first entry that fails; the check ends there.")
+    first_invalid_entry_id: UUID | None = Field(
+        description="The first entry that fails, if it is an entry; the check ends."
+    )
     problem: str | None = Field(description="What is wrong, for people; null when valid.")
     head_sequence: int = Field(description="Sequence of the newest entry; 0 on an empty ledger.")
     head_hash: str = Field(description="Its hash; 64 zeros on an empty ledger.")
@@ -94,10 +96,12 @@ class BackgroundVerificationOut(ResponseModel):
     status: VerificationStatus = Field(
         description="VALID and INVALID are results; an ABANDONED one was cancelled or lost before it had one."
     )
-    valid: bool | None = Field(description="Every hash, sum, running balance and the head hold; null without a result.")
+    valid: bool | None = Field(description="Everything checked holds; null without a result.")
     entries_checked: int = Field(description="So far, of `head_sequence`.")
     head_sequence: int = Field(description="Sequence of the newest entry at the start: how far it goes.")
-    first_invalid_entry_id: UUID | None = Field(description="The first entry that fails; the check ends there.")
+    first_invalid_entry_id: UUID | None = Field(
+        description="The first entry that fails, if it is an entry; the check ends."
+    )
     problem: str | None = Field(description="What is wrong, for people.")
     started_at: Timestamp
     finished_at: Timestamp | None
@@ -111,8 +115,8 @@ class IntegrityOut(ResponseModel):
     checked_from_sequence: int | None = Field(description="Null on an empty ledger.")
     checked_to_sequence: int | None = Field(description="Null on an empty ledger.")
     entries_checked: int = Field(description="At most `window`.")
-    head_sequence: int = Field(description="0 on an empty ledger.")
-    head_hash: str = Field(description="64 zeros on an empty ledger.")
+    head_sequence: int = Field(description="Of the chain as it is now, also with `as_of`; 0 on an empty ledger.")
+    head_hash: str = Field(description="Its hash; 64 zeros on an empty ledger.")
     first_invalid_entry_id: UUID | None = Field(description="The lowest sequence that fails; null when valid.")
     checked_at: Timestamp
 
@@ -176,7 +180,7 @@ async def get_journal_entry(tx: Tx, id: UUID) -> EntryDetailOut:
     responses={202: {"model": BackgroundVerificationOut, "description": "The chain is long: it is being checked."}},
 )
 async def verify_ledger(tx: Tx, request: Request) -> Response:
-    """Check the whole hash chain from genesis, and every running balance.
+    """Check the whole hash chain from genesis, every running balance, and that lots and holds make the balances.
 
     Above 100,000 entries it is checked in the background: 202 with a `verification_id`. One runs at a time, so a second
     request answers with the one that runs.
@@ -210,9 +214,13 @@ async def report_integrity(
     window: Annotated[
         int, Query(ge=1, le=limits.INTEGRITY_WINDOW_MAX, description="How many of the newest entries to check.")
     ] = limits.INTEGRITY_WINDOW_DEFAULT,
+    as_of: Annotated[
+        Timestamp | None, Query(description="The newest entries at this instant; one in the future means now.")
+    ] = None,
 ) -> IntegrityOut:
-    """Check the newest journal entries against their hashes, in one snapshot."""
-    found = await verify.check_window(tx, window)
+    """Check the newest journal entries, now or at an instant, against their hashes, in one snapshot."""
+    moment = None if as_of is None else await moments.at(tx, as_of)
+    found = await verify.check_window(tx, window, moment)
     return IntegrityOut(
         valid=found.valid,
         organization_id=found.organization_id,

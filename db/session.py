@@ -117,11 +117,11 @@ class Transaction:
         self._after_commit.append(callback)
 
     async def _commit(self) -> None:
-        commit = sql.SQL("commit")
-        if self._last_statement is not None:
-            commit = sql.SQL("{}; {}").format(self._last_statement, commit)  # type: ignore[assignment]
         try:
-            await self.connection.execute(commit)
+            if self._last_statement is None:
+                await self.connection.execute("commit")
+            else:
+                await self.connection.execute(sql.SQL("{}; commit").format(self._last_statement))
         except psycopg.OperationalError as error:
             # An error that leaves the connection alive is Postgres's word that it rolled back.
             if not self.connection.closed:
@@ -241,7 +241,7 @@ class Database:
             await self._give_back(connection)
 
     def is_busy(self) -> bool:
-        """Whether connections are in use and Postgres has answered on one lately, so that waiting for one is no loss of it."""
+        """Whether connections are in use and Postgres has answered lately: who gets none now only has to wait."""
         return self._lent > 0 and time.monotonic() - self._answered_at < _SILENCE_S
 
     @asynccontextmanager

@@ -639,6 +639,7 @@ class Hold(SQLModel, table=True):
             "hold_end_idx",
             "organization_id",
             "program_id",
+            "carrier",
             "expires_at",
             "id",
             postgresql_where=text("status = 'ACTIVE' and expires_at is not null"),

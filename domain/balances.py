@@ -20,7 +20,7 @@ from domain.ledger.books import Account, Books, Bucket, Entry, require
 from domain.ledger.holdings import load_holds, load_lots, load_oldest_holds
 from domain.ledger.holds import Hold
 from domain.ledger.journal import load_accounts, write
-from domain.ledger.lots import Part, Selection
+from domain.ledger.lots import Part, Selection, total
 from domain.ledger.movements import Cause, HolderType, HoldTerms, Position
 from domain.locks import lock_groups, lock_participants, lock_programs
 from domain.money import ZERO
@@ -105,13 +105,17 @@ class HolderBalance:
 
 @dataclass(frozen=True, slots=True)
 class AdjustResult:
-    """What an adjust moved, and the balance after it (for a replay: the balance now)."""
+    """What an adjust moved, and the balance after it (for a replay: the balance now).
+
+    `ended_holds` are those that a debit of HELD used up, as in `OperationResult`.
+    """
 
     replayed: bool
     journal_entry_id: UUID
     amount: Decimal
     balance: HolderBalance
     scale: int
+    ended_holds: tuple[UUID, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +174,8 @@ async def adjust(tx: Transaction, holder: Holder, request: AdjustRequest) -> Adj
     cause = Cause(entry_id, request.program_id, tx.now, request.description)
     await _move(tx, books, _position(holder, terms), cause, terms, request, amount)
     await write(tx, books)
-    return AdjustResult(False, entry_id, amount, holder_balance(books, holder, terms), terms.scale)
+    balance = holder_balance(books, holder, terms)
+    return AdjustResult(False, entry_id, amount, balance, terms.scale, _ended_holds(books))
 
 
 async def operate(tx: Transaction, holder: Holder, request: OperationRequest) -> OperationResult:
@@ -228,7 +233,7 @@ async def operate(tx: Transaction, holder: Holder, request: OperationRequest) ->
         terms.scale,
         [(part.lot.id, part.amount) for part in parts] if terms.has_lots else None,
         hold_id if request.operation == "HOLD" else request.named_hold,
-        tuple(hold.id for hold in books.holds.ended if hold.carrier == "WORKFLOW"),
+        _ended_holds(books),
     )
     await idempotency.remember(tx, request.program_id, operation, request.idempotency_key, _remembered(result))
     return result
@@ -295,6 +300,11 @@ def holder_balance(books: Books, holder: Holder, terms: Terms) -> HolderBalance:
     )
 
 
+def _ended_holds(books: Books) -> tuple[UUID, ...]:
+    """The holds with a workflow of their own of which nothing remains now."""
+    return tuple(hold.id for hold in books.holds.ended if hold.carrier == "WORKFLOW")
+
+
 # --- adjust ----------------------------------------------------------------------------------------------------------
 
 
@@ -318,10 +328,12 @@ async def _move(
         movements.debit_held(books, position, cause, amount)
     else:
         if position.has_lots:
-            # Below zero every lot goes, the expired ones by their own entries.
-            spendable_at = None if request.allow_negative else tx.now
-            selection = Selection(position.holder_id, position.asset_id, "AVAILABLE", spendable_at)
-            await load_lots(tx, books.lots, selection, None if request.allow_negative else amount)
+            spendable = position.select("AVAILABLE", tx.now)
+            await load_lots(tx, books.lots, spendable, amount)
+            if request.allow_negative and total(books.lots.take(spendable, amount)) < amount:
+                # Below zero every lot goes, the expired ones by their own entries.
+                every = Selection(position.holder_id, position.asset_id, "AVAILABLE")
+                await load_lots(tx, books.lots, every, None)
         movements.debit(books, position, cause, amount, allow_negative=request.allow_negative)
 
 

@@ -8,7 +8,7 @@ nothing. Neither the status of the holder nor that of the program or asset matte
 import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 from uuid import UUID
 
@@ -39,30 +39,35 @@ _FINAL_STATUS: dict[Order, HoldStatus] = {"RELEASE": "RELEASED", "FORFEIT": "FOR
 _DUE = """
 select id from hold
 where organization_id = %s and program_id = %s and status = 'ACTIVE' and expires_at is not null and expires_at <= %s
-  and carrier = any(%s) and kind <> 'REDEMPTION'
+  and carrier = %s and kind <> 'REDEMPTION'
 order by expires_at, id limit %s
 """
 
 _NEXT_END = """
 select expires_at from hold
 where organization_id = %s and program_id = %s and status = 'ACTIVE' and expires_at is not null and expires_at > %s
-  and carrier = any(%s) and kind <> 'REDEMPTION'
+  and carrier = %s and kind <> 'REDEMPTION'
 order by expires_at, id limit 1
 """
 
-# One probe of the index per program (`limit 1` keeps the planner from a join): there are few programs and may be
-# millions of holds.
+# One probe of the index per program and carrier (`limit 1` keeps the planner from a join): there are few programs and
+# may be millions of holds.
 _PROGRAMS_WITH_ENDS = """
-select p.id, p.name from program p
+select distinct p.id, p.name from program p
+cross join unnest(%(carriers)s::text[]) as c (carrier)
 cross join lateral (
     select from hold
     where organization_id = %(organization_id)s and program_id = p.id and status = 'ACTIVE'
-      and expires_at is not null and expires_at <= %(until)s and carrier = any(%(carriers)s) and kind <> 'REDEMPTION'
+      and expires_at is not null and expires_at <= %(until)s and carrier = c.carrier and kind <> 'REDEMPTION'
     limit 1
 ) h
 where p.organization_id = %(organization_id)s
 order by p.id
 """
+
+
+CLOCK_SKEW = timedelta(minutes=1)
+"""How far ahead of the clock the instant of a step may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,15 @@ class CarriedHold:
     expires_at: datetime
 
 
+def instant_of_step(clock: datetime, at: datetime | None) -> datetime:
+    """The instant that a time-driven step acts by: the one it was told, `at`, or the clock where that is later.
+
+    A step is told its instant so that Temporal's time and the clock can't disagree about it by seconds. One that is
+    ahead by more than CLOCK_SKEW is a mistake of somebody's and doesn't count: nothing happens long before its time.
+    """
+    return at if at is not None and clock < at <= clock + CLOCK_SKEW else clock
+
+
 async def end_due_holds(
     database: Database,
     organization_id: UUID,
@@ -100,24 +114,27 @@ async def end_due_holds(
     *,
     at: datetime | None = None,
     until: datetime | None = None,
-    carriers: Collection[HoldCarrier] = CARRIED,
+    carrier: HoldCarrier = "PROGRAM",
 ) -> EndedHolds:
-    """End up to `limit` holds of a program that are due, the longest overdue first, in one transaction.
+    """End up to `limit` holds of a program and a carrier that are due, the longest overdue first, in one transaction.
 
-    Due is what ends by the later of the clock and `at`; or by `until`, where that is given.
-    Raises DatabaseUnavailable.
+    Due is what ends by `instant_of_step` of `at`; or by `until`, where that is given. Raises DatabaseUnavailable.
     """
 
     async def work(tx: Transaction) -> EndedHolds:
-        now = until or _later(tx.now, at)
-        due = await tx.execute(_DUE, (tx.organization_id, program_id, now, list(carriers), limit))
+        now = until or instant_of_step(tx.now, at)
+        due = await tx.execute(_DUE, (tx.organization_id, program_id, now, carrier, limit))
         hold_ids = [row[0] for row in await due.fetchall()]
         ended = await _end(tx, hold_ids, now, order=None)
         # Holds that can't be ended are logged; where a whole batch is of that kind, trying again at once won't help.
         more = ended > 0 and len(hold_ids) == limit
-        following = await tx.execute(_NEXT_END, (tx.organization_id, program_id, now, list(carriers)))
+        following = await tx.execute(_NEXT_END, (tx.organization_id, program_id, now, carrier))
         row = await following.fetchone()
-        return EndedHolds(ended, more, row[0] if row else None)
+        next_end = row[0] if row else None
+        if next_end is not None and at is not None and next_end <= at:
+            # Whoever asks is ahead of the clock. It would come back at once, over and over, for an end that has passed.
+            next_end = at + CLOCK_SKEW
+        return EndedHolds(ended, more, next_end)
 
     return await database.repeat(organization_id, work)
 
@@ -127,10 +144,10 @@ async def end_hold(
 ) -> HoldState | None:
     """End one hold: by its own terms if it is due (`order` None), or at once by an operator's order; how it stands now.
 
-    Due is what ends by the later of the clock and `at`. A hold that isn't active any more is left as it is, and so is
+    Due is what ends by `instant_of_step` of `at`. A hold that isn't active any more is left as it is, and so is
     one of another program where `program_id` names one. None for a hold that doesn't exist.
     """
-    now = _later(tx.now, at)
+    now = instant_of_step(tx.now, at)
     await _end(tx, [hold_id], now, order, program_id)
     return await find_hold(tx, hold_id)
 
@@ -237,8 +254,3 @@ async def _assets_with_lots(tx: Transaction, asset_ids: Iterable[UUID]) -> set[U
         (tx.organization_id, list(asset_ids)),
     )
     return {row[0] for row in await cursor.fetchall()}
-
-
-def _later(clock: datetime, at: datetime | None) -> datetime:
-    """A time-driven step is told its due instant, so that Temporal's time and the clock can't disagree about it."""
-    return clock if at is None else max(clock, at)

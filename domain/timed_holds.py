@@ -7,15 +7,18 @@ the answer is final, whatever workers do.
 """
 
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from uuid import UUID, uuid5
 
 from db.session import Transaction
 from domain import balances
 from domain.balances import Holder, OperationRequest, OperationResult
-from domain.errors import Refusal
+from domain.errors import Refusal, bad_field
 from domain.hold_ends import HoldState, find_hold
 from domain.ids import new_id
+
+LONGEST = timedelta(days=36_525)
+"""The longest that a hold may last: a hundred years."""
 
 _NAMESPACE = UUID("b0b3a1de-8d7f-5a52-9a63-0f6a8f3d6c11")
 _OWN_KEY = "automation:hold:"
@@ -59,8 +62,9 @@ def hold_id_of(program_id: UUID, idempotency_key: str) -> UUID:
 async def prepare(tx: Transaction, holder: Holder, request: OperationRequest, wait_s: float) -> Reservation:
     """The reservation that this request for a hold with an end asks for; it may be made for `wait_s` seconds from now.
 
-    Contract: README.md "Identifiers".
+    Raises Refusal `bad_request` for an end more than a hundred years ahead. Contract: README.md "Identifiers".
     """
+    _require_near_end(request, tx.now)
     key = request.idempotency_key
     hold_id = new_id() if key is None else hold_id_of(request.program_id, key)
     cursor = await tx.execute("select clock_timestamp() + make_interval(secs => %s)", (wait_s,))
@@ -97,6 +101,14 @@ async def outcome(tx: Transaction, reservation: Reservation) -> OperationResult 
     """
     found = await balances.await_operation(tx, reservation.holder, reservation.request)
     return None if found is None else _as_asked(reservation, found)
+
+
+def _require_near_end(request: OperationRequest, now: datetime) -> None:
+    """Time only brings an end nearer, so this never refuses the replay of a hold that was made."""
+    if request.expires_in is not None and request.expires_in > LONGEST:
+        raise bad_field("expires_in", "must not be more than a hundred years", expected="a shorter duration")
+    if request.expires_at is not None and request.expires_at - now > LONGEST:
+        raise bad_field("expires_at", "must be within a hundred years", expected="an earlier timestamp")
 
 
 def _as_asked(reservation: Reservation, result: OperationResult) -> OperationResult:

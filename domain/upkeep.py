@@ -7,19 +7,21 @@ that comes after it writes nothing. Memory and locks depend on the batch, never 
 """
 
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Literal, LiteralString
 from uuid import UUID
 
-from db.session import Database, Transaction
+from db.session import Database, DatabaseUnavailable, Transaction
 from domain import limits
-from domain.hold_ends import ALL, end_due_holds, programs_with_ends
+from domain.hold_ends import ALL, end_due_holds, instant_of_step, programs_with_ends
 from domain.ledger import movements
 from domain.ledger.books import Books
 from domain.ledger.holdings import load_lots_by_id
+from domain.ledger.holds import HoldCarrier
 from domain.ledger.journal import load_accounts, write
 from domain.ledger.lots import Lot
 from domain.ledger.movements import Position
@@ -29,16 +31,22 @@ from domain.money import ZERO
 logger = logging.getLogger("scrip.upkeep")
 
 DueKind = Literal["MATURITY", "EXPIRY"]
+_Kind = Literal["MATURITY", "EXPIRY", "HOLDS"]
+
+SLICE_BATCHES = 4
+"""How many batches an organization gets before the others have their turn."""
+SKIPPED_LOTS = 100
+"""How many lots of a kind a sweep skips. Where more go wrong it isn't about lots, and the kind is given up."""
 
 _DUE: dict[DueKind, LiteralString] = {
     "MATURITY": """
         select id, entity_type, entity_id, asset_id from lot
-        where organization_id = %s and status = 'DEFERRED' and matures_at <= %s
+        where organization_id = %s and status = 'DEFERRED' and matures_at <= %s and id <> all(%s)
         order by matures_at, id limit %s
     """,
     "EXPIRY": """
         select id, entity_type, entity_id, asset_id from lot
-        where organization_id = %s and status = 'AVAILABLE' and remaining > 0 and expires_at <= %s
+        where organization_id = %s and status = 'AVAILABLE' and remaining > 0 and expires_at <= %s and id <> all(%s)
         order by expires_at, id limit %s
     """,
 }
@@ -75,11 +83,23 @@ order by page.entity_id, page.asset_id
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What was done in one organization, in entries written."""
+    """What was done in one organization, in entries written, and what went wrong.
+
+    `failed` counts lots that were skipped, and kinds or programs that were given up. Each is in the log as an error.
+    """
 
     matured: int = 0
     expired: int = 0
     holds_ended: int = 0
+    failed: int = 0
+
+    def __add__(self, other: "Swept") -> "Swept":
+        return Swept(
+            self.matured + other.matured,
+            self.expired + other.expired,
+            self.holds_ended + other.holds_ended,
+            self.failed + other.failed,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +123,17 @@ async def process_due_lots(
     *,
     at: datetime | None = None,
     limit: int = limits.DUE_LOTS,
+    skipped: Collection[UUID] = (),
 ) -> tuple[int, bool]:
-    """Mature or expire up to `limit` lots of an organization that are due, in one transaction.
+    """Mature or expire up to `limit` lots of an organization that are due and not `skipped`, in one transaction.
 
-    Due is what falls due by the later of the clock and `at`. How many entries were written, and whether there may be
-    more. Raises DatabaseUnavailable.
+    Due is what falls due by `instant_of_step` of `at`. How many entries were written, and whether there may be more.
+    Raises DatabaseUnavailable; or whatever is wrong with one of the lots, and then nothing was done.
     """
 
     async def work(tx: Transaction) -> tuple[int, bool]:
-        now = tx.now if at is None else max(tx.now, at)
-        found = await (await tx.execute(_DUE[kind], (tx.organization_id, now, limit))).fetchall()
+        now = instant_of_step(tx.now, at)
+        found = await (await tx.execute(_DUE[kind], (tx.organization_id, now, list(skipped), limit))).fetchall()
         if not found:
             return 0, False
         await lock_holders(tx, {(entity_type, entity_id) for _, entity_type, entity_id, _ in found})
@@ -127,6 +148,134 @@ async def process_due_lots(
     return await database.repeat(organization_id, work)
 
 
+class Sweep:
+    """One organization's sweep, a slice at a time: maturities, expiries, and holds that are overdue by `hold_grace`.
+
+    The kinds take turns, a batch each, so that none waits for the backlog of another; nor does what is wrong with one
+    stop the others. Where a batch of lots goes wrong, smaller ones lead to the lot that is to blame. It is logged as an
+    error and skipped, so the next sweep meets it again: nothing about its money is changed or forgotten.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        organization_id: UUID,
+        *,
+        at: datetime | None = None,
+        hold_grace: timedelta = timedelta(0),
+    ) -> None:
+        self.organization_id = organization_id
+        self._database = database
+        self._at = at
+        self._hold_grace = hold_grace
+        self._pending: deque[_Kind] = deque(("MATURITY", "EXPIRY", "HOLDS"))
+        self._sizes: dict[DueKind, int] = {"MATURITY": limits.DUE_LOTS, "EXPIRY": limits.DUE_LOTS}
+        self._skipped: dict[DueKind, set[UUID]] = {"MATURITY": set(), "EXPIRY": set()}
+        self._programs: deque[tuple[UUID, HoldCarrier]] | None = None
+        self._swept = Swept()
+
+    async def go_on(
+        self,
+        batches: int = SLICE_BATCHES,
+        *,
+        progress: Callable[[], None] = lambda: None,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> tuple[Swept, bool]:
+        """Do so many batches, fewer where there is less to do; what this slice did, and whether the sweep is finished.
+
+        Only batches that leave something for later count. `progress` is called after every batch; when `is_over` says
+        so the slice stops after the batch under way. Raises DatabaseUnavailable.
+        """
+        self._swept = Swept()
+        while self._pending and batches > 0:
+            kind = self._pending.popleft()
+            more = await self._batch(kind)
+            progress()
+            if more:
+                self._pending.append(kind)
+                batches = 0 if is_over() else batches - 1
+        return self._swept, not self._pending
+
+    async def _batch(self, kind: _Kind) -> bool:
+        """Do a batch of this kind; whether there may be more."""
+        try:
+            return await (self._end_holds() if kind == "HOLDS" else self._book_lots(kind))
+        except DatabaseUnavailable:
+            raise
+        except Exception:
+            # The kind is given up until the next sweep. The others go on.
+            self._note_failure("upkeep failed", kind=kind)
+            return False
+
+    async def _book_lots(self, kind: DueKind) -> bool:
+        size, skipped = self._sizes[kind], self._skipped[kind]
+        try:
+            written, more = await process_due_lots(
+                self._database, self.organization_id, kind, at=self._at, limit=size, skipped=skipped
+            )
+        except DatabaseUnavailable:
+            raise
+        except Exception:
+            if size > 1:
+                self._sizes[kind] = size // 2
+                return True
+            lot_id = await self._first_due(kind)
+            if lot_id is None or len(skipped) >= SKIPPED_LOTS:
+                raise
+            self._note_failure("a lot cannot be processed", kind=kind, lot_id=lot_id)
+            skipped.add(lot_id)
+            self._sizes[kind] = limits.DUE_LOTS
+            return True
+        if kind == "EXPIRY":
+            self._swept += Swept(expired=written)
+        else:
+            self._swept += Swept(matured=written)
+            # A lot that matures late may have to expire at once.
+            if written and "EXPIRY" not in self._pending:
+                self._pending.append("EXPIRY")
+        return more
+
+    async def _first_due(self, kind: DueKind) -> UUID | None:
+        async with self._database.transaction(self.organization_id) as tx:
+            now = instant_of_step(tx.now, self._at)
+            cursor = await tx.execute(_DUE[kind], (tx.organization_id, now, list(self._skipped[kind]), 1))
+            row = await cursor.fetchone()
+        return None if row is None else row[0]
+
+    async def _end_holds(self) -> bool:
+        """End a batch of holds that nobody has ended in time, whoever carries them: the net below the workflows."""
+        until = instant_of_step(self._database.clock(), self._at) - self._hold_grace
+        if self._programs is None:
+            self._programs = await self._programs_with_ends(until)
+        if not self._programs:
+            return False
+        program_id, carrier = self._programs.popleft()
+        try:
+            batch = await end_due_holds(self._database, self.organization_id, program_id, until=until, carrier=carrier)
+        except DatabaseUnavailable:
+            raise
+        except Exception:
+            self._note_failure("holds cannot be ended", program_id=program_id)
+        else:
+            self._swept += Swept(holds_ended=batch.ended)
+            if batch.more:
+                self._programs.append((program_id, carrier))
+        return bool(self._programs)
+
+    async def _programs_with_ends(self, until: datetime) -> deque[tuple[UUID, HoldCarrier]]:
+        async with self._database.transaction(self.organization_id) as tx:
+            return deque(
+                (program_id, carrier)
+                for carrier in ALL
+                for program_id, _ in await programs_with_ends(tx, until, (carrier,))
+            )
+
+    def _note_failure(self, message: str, **about: object) -> None:
+        self._swept += Swept(failed=1)
+        named = {name: str(value) for name, value in about.items()}
+        logger.exception("%s: %s", message, named, extra={"organization_id": str(self.organization_id), **named})
+
+
 async def sweep(
     database: Database,
     organization_id: UUID,
@@ -136,48 +285,17 @@ async def sweep(
     progress: Callable[[], None] = lambda: None,
     is_over: Callable[[], bool] = lambda: False,
 ) -> tuple[Swept, bool]:
-    """Do all that is due in one organization: maturities, expiries, and holds that are overdue by `hold_grace`.
+    """Do all that is due in one organization, slice by slice: see Sweep.
 
-    `progress` is called after every batch; when `is_over` says so the sweep stops after the batch under way. What was
-    done, and whether all of it was. Raises DatabaseUnavailable.
+    When `is_over` says so it stops after the batch under way. What was done, and whether all of it was. Raises
+    DatabaseUnavailable.
     """
-    counts = {"MATURITY": 0, "EXPIRY": 0}
-    kinds: tuple[DueKind, ...] = ("MATURITY", "EXPIRY")
-    for kind in kinds:
-        more = True
-        while more:
-            written, more = await process_due_lots(database, organization_id, kind, at=at)
-            counts[kind] += written
-            progress()
-            if more and is_over():
-                return Swept(counts["MATURITY"], counts["EXPIRY"]), False
-    ended, finished = await _sweep_holds(database, organization_id, at, hold_grace, progress, is_over)
-    return Swept(counts["MATURITY"], counts["EXPIRY"], ended), finished
-
-
-async def _sweep_holds(
-    database: Database,
-    organization_id: UUID,
-    at: datetime | None,
-    grace: timedelta,
-    progress: Callable[[], None],
-    is_over: Callable[[], bool],
-) -> tuple[int, bool]:
-    """End the holds that nobody has ended in time, whoever carries them: the net below the workflows."""
-    now = database.clock() if at is None else max(database.clock(), at)
-    until = now - grace
-    async with database.transaction(organization_id) as tx:
-        programs = await programs_with_ends(tx, until, ALL)
-    ended = 0
-    for program_id, _ in programs:
-        more = True
-        while more:
-            batch = await end_due_holds(database, organization_id, program_id, until=until, carriers=ALL)
-            ended, more = ended + batch.ended, batch.more
-            progress()
-            if more and is_over():
-                return ended, False
-    return ended, True
+    work = Sweep(database, organization_id, at=at, hold_grace=hold_grace)
+    done, finished = await work.go_on(progress=progress, is_over=is_over)
+    while not finished and not is_over():
+        part, finished = await work.go_on(progress=progress, is_over=is_over)
+        done += part
+    return done, finished
 
 
 async def repair(tx: Transaction) -> int:

@@ -30,6 +30,8 @@ _STEP_TIMEOUT = timedelta(seconds=30)
 _RETRIES = RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_interval=timedelta(seconds=30))
 _RESERVE_LIMIT = timedelta(minutes=1)
 """How long the reservation is repeated while the database is away. It refuses itself long before."""
+_LONGEST_SLEEP = timedelta(days=30)
+"""After that the workflow looks how its hold stands, and sleeps on."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,13 @@ class Hold:
             return "RELEASE"
         assert state.expires_at is not None, "only holds with an end have a workflow"
         left = max(state.expires_at - workflow.now(), timedelta(0))
+        # Runs that began before there was a longest sleep have a timer for all of it.
+        sleeps_in_parts = left > _LONGEST_SLEEP and workflow.patched("sleep in parts")
+        wait, awaited = (_LONGEST_SLEEP, "look") if sleeps_in_parts else (left, "end of the hold")
         try:
-            await workflow.wait_condition(self._has_work, timeout=left, timeout_summary="end of the hold")
+            await workflow.wait_condition(self._has_work, timeout=wait, timeout_summary=awaited)
         except TimeoutError:
-            return "END"
+            return "LOOK" if sleeps_in_parts else "END"
         except asyncio.CancelledError:
             self._cancelled = True
             return "RELEASE"

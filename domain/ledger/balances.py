@@ -49,6 +49,7 @@ cross join lateral (
     from posting p
     join journal_entry e on e.organization_id = p.organization_id and e.id = p.entry_id
     where p.organization_id = a.organization_id and p.account_id = a.id and e.program_id = %(program_id)s
+        and (%(sequence)s::bigint is null or e.sequence <= %(sequence)s)
 ) t
 join asset s on s.organization_id = a.organization_id and s.id = a.asset_id
 where a.organization_id = %(organization_id)s and a.entity_id = %(entity_id)s and t.amount is not null
@@ -117,13 +118,24 @@ async def holder_balances_at(
     return balances
 
 
-async def holder_totals(tx: Transaction, entity_id: UUID, program_id: UUID | None = None) -> list[AssetTotal]:
-    """The holder's total of each asset it ever touched, by symbol.
+async def holder_totals(
+    tx: Transaction, entity_id: UUID, program_id: UUID | None = None, moment: Moment | None = None
+) -> list[AssetTotal]:
+    """The holder's total of each asset it ever touched, by symbol; as they were at `moment`, or now without one.
 
     With `program_id` the sums of that program's entries alone, which may be negative: value that one program gave can
     be spent in another. Contract: holders.md 4.3.
     """
-    if program_id is None:
-        return [AssetTotal(row.asset_id, row.scale, row.total) for row in await holder_balances(tx, [entity_id])]
-    params = {"organization_id": tx.organization_id, "entity_id": entity_id, "program_id": program_id}
-    return [AssetTotal(**row) for row in await tx.rows(_PROGRAM_TOTALS, params)]
+    if program_id is not None:
+        params = {
+            "organization_id": tx.organization_id,
+            "entity_id": entity_id,
+            "program_id": program_id,
+            "sequence": None if moment is None else moment.sequence,
+        }
+        return [AssetTotal(**row) for row in await tx.rows(_PROGRAM_TOTALS, params)]
+    if moment is None:
+        found = await holder_balances(tx, [entity_id])
+    else:
+        found = await holder_balances_at(tx, entity_id, moment)
+    return [AssetTotal(row.asset_id, row.scale, row.total) for row in found]

@@ -3,12 +3,14 @@
 System accounts carry no running balance, as that would serialize everybody who issues, redeems or expires value. Their
 balance is a sum; checkpoints keep it short. A checkpoint at sequence S holds the sum of an account's postings in the
 entries up to S. One pass takes the entries of a span and writes a checkpoint for every account that they touch, so an
-account without one at the organization's newest sequence hasn't changed since its own newest.
+account without one at the organization's newest sequence hasn't changed since its own newest. A full span that touches
+none leaves a checkpoint with an unchanged balance, so that the next pass goes on after it.
 
 Entries are numbered under the chain head's lock, which lasts until their commit: whoever reads the head and then the
 entries up to it misses none of them.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import Decimal
 from uuid import UUID
@@ -78,11 +80,24 @@ async def append_checkpoints(tx: Transaction, *, min_entries: int = limits.CHECK
         return Checkpointed(0, after, False)
     until = min(head, after + limits.CHECKPOINT_SPAN)
     sums = await _sums(tx, after, until, None)
+    if not sums and until - after == limits.CHECKPOINT_SPAN:
+        sums = await _nothing_changed(tx, known)
     for account_id, change in sums.items():
         _, balance = known.get(account_id, (0, ZERO))
         await tx.execute(_INSERT, (tx.organization_id, account_id, until, add(balance, change), tx.now))
-    # A span that touches no system account leaves no trace and is read again, together with the next.
+    # A part of a span that touches no system account leaves no trace and is read again, together with the next.
     return Checkpointed(len(sums), until if sums else after, bool(sums) and head - until >= min_entries)
+
+
+async def _nothing_changed(tx: Transaction, known: Collection[UUID]) -> dict[UUID, Decimal]:
+    """The change, zero, of one system account: it stands for a span that touches none of them."""
+    if known:
+        return {min(known): ZERO}
+    cursor = await tx.execute(
+        "select id from account where organization_id = %s and entity_id is null order by id limit 1",
+        (tx.organization_id,),
+    )
+    return {row[0]: ZERO for row in await cursor.fetchall()}
 
 
 async def _newest(tx: Transaction) -> dict[UUID, tuple[int, Decimal]]:

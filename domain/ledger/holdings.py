@@ -44,7 +44,9 @@ expires_at, on_expiry, carrier, entry_id, created_at
 async def load_lots(tx: Transaction, lots: LotBook, selection: Selection, amount: Decimal | None) -> None:
     """Bring the lots that match into `lots`, FIFO, until they make `amount`; None brings all of them.
 
-    The caller holds the holder's lock.
+    What counts is what remains of them in `lots`: something that was done in this transaction is not in the table yet.
+    Lots that were made in it don't count, as older ones may still have to be loaded. The caller holds the holder's
+    lock.
     """
     params: dict[str, Any] = {
         name: list(value) if name == "lot_ids" else value
@@ -69,9 +71,8 @@ async def load_lots(tx: Transaction, lots: LotBook, selection: Selection, amount
     found, after = ZERO, ""
     while True:
         rows = await (await tx.execute(query.format(after=after), params)).fetchall()
-        page = [Lot(*row) for row in rows]
-        lots.add(page)
-        for lot in page:
+        page = lots.add(Lot(*row) for row in rows)
+        for lot in filter(selection.matches, page):
             found = EXACT.add(found, lot.remaining)
         if len(page) < limits.LOTS_PER_PAGE or (amount is not None and found >= amount):
             return
@@ -96,9 +97,7 @@ async def load_lots_by_id(tx: Transaction, lots: LotBook, lot_ids: Collection[UU
         f"select {_LOT_COLUMNS} from lot where organization_id = %s and id = any(%s)",
         (tx.organization_id, list(lot_ids)),
     )
-    found = [Lot(*row) for row in await rows.fetchall()]
-    lots.add(found)
-    return found
+    return lots.add([Lot(*row) for row in await rows.fetchall()])
 
 
 async def load_lots_of_holds(tx: Transaction, lots: LotBook, hold_ids: Collection[UUID]) -> None:
@@ -114,7 +113,10 @@ async def load_lots_of_holds(tx: Transaction, lots: LotBook, hold_ids: Collectio
 async def load_oldest_holds(
     tx: Transaction, holds: HoldBook, entity_id: UUID, asset_id: UUID, amount: Decimal | None
 ) -> None:
-    """Bring the holder's active holds of an asset into `holds`, the oldest first, until they make `amount`."""
+    """Bring the holder's active holds of an asset into `holds`, the oldest first, until they make `amount`.
+
+    As with lots, what counts is what remains of them in `holds`.
+    """
     query = f"""
         select {_HOLD_COLUMNS} from hold
         where organization_id = %(organization_id)s and entity_id = %(entity_id)s and asset_id = %(asset_id)s
@@ -132,7 +134,7 @@ async def load_oldest_holds(
         page = [Hold(*row) for row in rows]
         holds.add(page)
         for hold in page:
-            found = EXACT.add(found, hold.remaining)
+            found = EXACT.add(found, holds.get(hold.id).remaining)
         if len(page) < limits.LOTS_PER_PAGE or (amount is not None and found >= amount):
             return
         after = "and (created_at, id) > (%(after_created_at)s, %(after_id)s)"

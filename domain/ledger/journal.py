@@ -100,7 +100,9 @@ async def write(tx: Transaction, books: Books) -> None:
 
 async def _system_accounts(tx: Transaction, asset_ids: Collection[UUID]) -> Iterable[Account]:
     """The system accounts of these assets: they never change, so each process reads them once."""
-    missing = [asset_id for asset_id in asset_ids if asset_id not in _SYSTEM_ACCOUNTS]
+    # The answer comes from here alone: what is kept may be cleared at any moment, by this call or by another thread's.
+    known = {asset_id: kept for asset_id in asset_ids if (kept := _SYSTEM_ACCOUNTS.get(asset_id))}
+    missing = [asset_id for asset_id in asset_ids if asset_id not in known]
     if missing:
         found: dict[UUID, list[Account]] = {}
         for row in await tx.rows(_LOAD_SYSTEM, (tx.organization_id, missing)):
@@ -110,9 +112,8 @@ async def _system_accounts(tx: Transaction, asset_ids: Collection[UUID]) -> Iter
             _SYSTEM_ACCOUNTS.clear()
         # One assignment per asset, so that another thread sees all three accounts or none.
         for asset_id, accounts in found.items():
-            _SYSTEM_ACCOUNTS[asset_id] = tuple(accounts)
-        return [account for asset_id in asset_ids for account in found.get(asset_id) or _SYSTEM_ACCOUNTS[asset_id]]
-    return [account for asset_id in asset_ids for account in _SYSTEM_ACCOUNTS[asset_id]]
+            known[asset_id] = _SYSTEM_ACCOUNTS[asset_id] = tuple(accounts)
+    return [account for asset_id in asset_ids for account in known[asset_id]]
 
 
 _SYSTEM_ACCOUNTS: dict[UUID, tuple[Account, ...]] = {}

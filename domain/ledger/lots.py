@@ -111,15 +111,18 @@ class LotBook:
     opened: list[Lot] = field(default_factory=list)
     changes: list[LotChangeRow] = field(default_factory=list)
     _lots: dict[tuple[UUID, UUID], list[Lot]] = field(default_factory=dict)
-    _known: set[UUID] = field(default_factory=set)
+    _known: dict[UUID, Lot] = field(default_factory=dict)
     _log: list[LotChangeRow | Lot] = field(default_factory=list)
 
-    def add(self, lots: Iterable[Lot]) -> None:
-        """Take over lots as they were loaded; ones that are here already stay as they are."""
+    def add(self, lots: Iterable[Lot]) -> list[Lot]:
+        """Take over lots as they were loaded; ones that are here already stay as they are. All as they are here."""
+        here = []
         for lot in lots:
             if lot.id not in self._known:
-                self._known.add(lot.id)
+                self._known[lot.id] = lot
                 insort(self._lots.setdefault((lot.entity_id, lot.asset_id), []), lot)
+            here.append(self._known[lot.id])
+        return here
 
     def matching(self, selection: Selection) -> Iterator[Lot]:
         """The lots in memory that match, FIFO."""
@@ -179,7 +182,7 @@ class LotBook:
             entry_id,
             is_new=True,
         )
-        self._known.add(lot.id)
+        self._known[lot.id] = lot
         insort(self._lots.setdefault((entity_id, asset_id), []), lot)
         self.opened.append(lot)
         self._log.append(lot)

@@ -17,10 +17,32 @@ from uuid import UUID
 from psycopg import sql
 
 from db.session import Transaction
-from domain.ledger.queries import bisect
 from domain.money import ZERO
 
 LAST_ORDINAL = 2**15 - 1
+
+# Within an organization created_at never falls along the sequence, so a bound in time is a bound in the sequence,
+# found by bisection through the unique index. A hole, which only tampering can make, ends it early with `low` and
+# `high` still apart: both remain safe bounds. `middle` is a column of its own because under row-level security only
+# comparisons of plain columns become index conditions.
+_BISECT = """
+with recursive span (low, high, middle) as (
+    select 1::bigint, top, (1 + top) / 2
+    from (select coalesce((select sequence from chain_head where organization_id = %(organization_id)s), 0) + 1) h (top)
+    union all
+    select low, high, (low + high) / 2
+    from (
+        select case when is_before then middle + 1 else low end, case when is_before then high else middle end
+        from span
+        join lateral (
+            select created_at < %(instant)s or (%(after)s and created_at = %(instant)s) as is_before
+            from journal_entry where organization_id = %(organization_id)s and sequence = span.middle
+        ) e on true
+        where low < high
+    ) narrower (low, high)
+)
+select low, high from span order by high - low limit 1
+"""
 
 _HEAD = """
 select sequence, created_at, pg_current_xact_id_if_assigned() is not null as has_written
@@ -133,6 +155,13 @@ async def sequence_before(tx: Transaction, instant: datetime) -> int:
     """
     first, _ = await bisect(tx, instant)
     return first - 1
+
+
+async def bisect(tx: Transaction, instant: datetime, *, after: bool = False) -> tuple[int, int]:
+    """The sequence of the first entry at or after `instant` (strictly after it if `after`), as (low, high)."""
+    row = await tx.row(_BISECT, {"organization_id": tx.organization_id, "instant": instant, "after": after})
+    assert row is not None, "the span begins with one row"
+    return row["low"], row["high"]
 
 
 async def marks(

@@ -1,6 +1,10 @@
-"""Reading the journal: the filtered list, and one entry with its postings. Contract: holders.md 8.3."""
+"""Reading the journal: the filtered list, and one entry with its postings. Contract: holders.md 8.3.
 
-from dataclasses import dataclass, replace
+Cursor and bounds in time become bounds of what is walked, of the sequence or of the versions of the holder's accounts,
+so that the thousandth page costs what the first one costs.
+"""
+
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, LiteralString
@@ -10,38 +14,21 @@ from psycopg.rows import DictRow
 
 from db.session import Transaction
 from domain.errors import not_found
+from domain.ledger import moments
 from domain.ledger.books import ActionType, Bucket
-from domain.pagination import Page, PageRequest, cut, decode_cursor, sort_name
+from domain.ledger.moments import Position, bisect
+from domain.pagination import Page, PageRequest, cut, decode_cursor, encode_cursor, sort_name
 
+SCANNED_ENTRIES = 10_000
+"""How many entries one page without a holder looks at for those that match a filter which no index orders."""
+
+_NO_END = 2**63 - 1
 _SORT = sort_name(["sequence"], descending=True)
 
 _ENTRY_COLUMNS: LiteralString = """
     e.id, e.organization_id, e.sequence, e.action_type, e.description, e.program_id, e.event_id, e.rule_id,
     e.reference_id, e.api_key_id as created_by_api_key_id, e.request_id, e.created_at, e.prev_hash, e.entry_hash,
     e.hash_version
-"""
-
-# Within an organization created_at never falls along the sequence, so a bound in time is a bound in the sequence,
-# found by bisection through the unique index. A hole, which only tampering can make, ends it early with `low` and
-# `high` still apart: both remain safe bounds. `middle` is a column of its own because under row-level security only
-# comparisons of plain columns become index conditions.
-_BISECT = """
-with recursive span (low, high, middle) as (
-    select 1::bigint, top, (1 + top) / 2
-    from (select coalesce((select sequence from chain_head where organization_id = %(organization_id)s), 0) + 1) h (top)
-    union all
-    select low, high, (low + high) / 2
-    from (
-        select case when is_before then middle + 1 else low end, case when is_before then high else middle end
-        from span
-        join lateral (
-            select created_at < %(instant)s or (%(after)s and created_at = %(instant)s) as is_before
-            from journal_entry where organization_id = %(organization_id)s and sequence = span.middle
-        ) e on true
-        where low < high
-    ) narrower (low, high)
-)
-select low, high from span order by high - low limit 1
 """
 
 _POSTINGS = """
@@ -80,12 +67,21 @@ class EntryFilter:
 async def list_entries(tx: Transaction, wanted: EntryFilter, page: PageRequest) -> Page[DictRow]:
     """The entries that match, newest first, without their postings but with `program_name`.
 
+    Action type, asset, bucket and amounts are in no index of the journal. A page that asks for them without a holder
+    looks at SCANNED_ENTRIES entries at most; it may hold fewer than its limit, even none, and still have a next page.
     Raises Refusal naming `cursor` for a bad one.
     """
     after = decode_cursor(page.cursor, _SORT, [int])
-    entry_terms = await _entry_terms(tx, wanted, before=after[0] if after else None)
-    query = _from_holder(wanted, entry_terms) if _starts_from_holder(wanted) else _from_entries(wanted, entry_terms)
-    rows = await tx.rows(query, _params(tx, wanted, entry_terms, page))
+    window = await _window(tx, wanted, before=max(after[0], 1) if after else _NO_END)
+    params = _params(tx, wanted, window, page)
+    if _starts_from_holder(wanted):
+        rows = await tx.rows(_from_holder(wanted), params | await _slices(tx, wanted, window))
+        return cut(rows, page.limit, _SORT, lambda row: [row["sequence"]])
+    rows = await tx.rows(_from_entries(wanted), params)
+    if len(rows) <= page.limit and _needs_scan(wanted):
+        last = await tx.row(_last_scanned(wanted), params)
+        if last is not None:
+            return Page(rows, encode_cursor(_SORT, [last["sequence"]]))
     return cut(rows, page.limit, _SORT, lambda row: [row["sequence"]])
 
 
@@ -115,56 +111,44 @@ async def find_participant(tx: Transaction, external_id: str) -> UUID | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Terms:
-    """Conditions on the entry `e`, and their parameters."""
+class _Window:
+    """The sequences to list: from `low` on, below `high`."""
 
-    conditions: tuple[LiteralString, ...]
-    params: dict[str, Any]
-
-    def also(self, condition: LiteralString, **params: Any) -> "_Terms":
-        return replace(self, conditions=(*self.conditions, condition), params={**self.params, **params})
-
-    @property
-    def sql(self) -> LiteralString:
-        return " and ".join(self.conditions)
+    low: int
+    high: int
 
 
-async def _entry_terms(tx: Transaction, wanted: EntryFilter, *, before: int | None) -> _Terms:
-    terms = _Terms(("e.organization_id = %(organization_id)s",), {})
-    if before is not None:
-        terms = terms.also("e.sequence < %(before)s", before=before)
-    if wanted.program_id is not None:
-        terms = terms.also("e.program_id = %(program_id)s", program_id=wanted.program_id)
-    if wanted.event_id is not None:
-        terms = terms.also("e.event_id = %(event_id)s", event_id=wanted.event_id)
-    if wanted.rule_id is not None:
-        terms = terms.also("e.rule_id = %(rule_id)s", rule_id=wanted.rule_id)
-    if wanted.reference_id is not None:
-        terms = terms.also("e.reference_id = %(reference_id)s", reference_id=wanted.reference_id)
-    if wanted.action_type is not None:
-        terms = terms.also("e.action_type = %(action_type)s", action_type=wanted.action_type)
-    return await _within_time(tx, wanted, terms)
-
-
-async def _within_time(tx: Transaction, wanted: EntryFilter, terms: _Terms) -> _Terms:
+async def _window(tx: Transaction, wanted: EntryFilter, *, before: int) -> _Window:
+    low, high = 1, before
     if wanted.created_from is not None:
         low, _ = await bisect(tx, wanted.created_from)
-        terms = terms.also(
-            "e.sequence >= %(low)s and e.created_at >= %(created_from)s", low=low, created_from=wanted.created_from
-        )
     if wanted.created_to is not None:
-        _, high = await bisect(tx, wanted.created_to, after=True)
-        terms = terms.also(
-            "e.sequence < %(high)s and e.created_at <= %(created_to)s", high=high, created_to=wanted.created_to
-        )
-    return terms
+        _, end = await bisect(tx, wanted.created_to, after=True)
+        high = min(high, end)
+    if high == _NO_END and not _starts_from_holder(wanted) and _needs_scan(wanted):
+        # What is sealed meanwhile must not move the place where the scan ends.
+        high = await _head(tx) + 1
+    return _Window(low, high)
 
 
-async def bisect(tx: Transaction, instant: datetime, *, after: bool = False) -> tuple[int, int]:
-    """The sequence of the first entry at or after `instant` (strictly after it if `after`), as (low, high)."""
-    row = await tx.row(_BISECT, {"organization_id": tx.organization_id, "instant": instant, "after": after})
-    assert row is not None, "the span begins with one row"
-    return row["low"], row["high"]
+async def _head(tx: Transaction) -> int:
+    row = await tx.row("select sequence from chain_head where organization_id = %s", (tx.organization_id,))
+    return row["sequence"] if row else 0
+
+
+async def _slices(tx: Transaction, wanted: EntryFilter, window: _Window) -> dict[str, Any]:
+    """The holder's accounts, each with the versions above `after`, up to `until`, that the window covers."""
+    conditions: LiteralString = " and ".join(_account_conditions(wanted))
+    query: LiteralString = f"select a.id from account a where a.organization_id = %(organization_id)s and {conditions}"
+    account_ids = [row["id"] for row in await tx.rows(query, _account_params(tx, wanted))]
+    if window == _Window(1, _NO_END):
+        return {"account_ids": account_ids, "after": [0] * len(account_ids), "until": [_NO_END] * len(account_ids)}
+    marks = await moments.marks(tx, account_ids, [Position(window.low - 1), Position(window.high - 1)])
+    return {
+        "account_ids": list(marks),
+        "after": [low.version for low, _ in marks.values()],
+        "until": [high.version for _, high in marks.values()],
+    }
 
 
 def _starts_from_holder(wanted: EntryFilter) -> bool:
@@ -173,48 +157,95 @@ def _starts_from_holder(wanted: EntryFilter) -> bool:
     return has_holder and wanted.event_id is None and wanted.reference_id is None
 
 
-def _from_entries(wanted: EntryFilter, terms: _Terms) -> LiteralString:
-    """Walk the entries, newest first, and look at the postings of each where a filter asks for that."""
+def _needs_scan(wanted: EntryFilter) -> bool:
+    return bool(wanted.action_type or _account_conditions(wanted) or _posting_conditions(wanted))
+
+
+def _entry_terms(wanted: EntryFilter) -> LiteralString:
+    """The conditions on the entry that an index serves along the sequence, or that leave few entries."""
+    conditions: list[LiteralString] = [
+        "e.organization_id = %(organization_id)s and e.sequence >= %(low)s and e.sequence < %(high)s"
+    ]
+    if wanted.program_id is not None:
+        conditions.append("e.program_id = %(program_id)s")
+    if wanted.event_id is not None:
+        conditions.append("e.event_id = %(event_id)s")
+    if wanted.rule_id is not None:
+        conditions.append("e.rule_id = %(rule_id)s")
+    if wanted.reference_id is not None:
+        conditions.append("e.reference_id = %(reference_id)s")
+    if wanted.created_from is not None:
+        conditions.append("e.created_at >= %(created_from)s")
+    if wanted.created_to is not None:
+        conditions.append("e.created_at <= %(created_to)s")
+    return " and ".join(conditions)
+
+
+def _from_entries(wanted: EntryFilter) -> LiteralString:
+    """Walk the entries, newest first, and look at the postings of each where a filter asks for that.
+
+    `limit 1` keeps the planner from joining the whole of a table, as in `moments`.
+    """
     conditions = _account_conditions(wanted) + _posting_conditions(wanted)
-    exists: LiteralString = ""
+    matching: LiteralString = ""
     if conditions:
-        exists = f"""
-            and exists (
+        matching = f"""
+            cross join lateral (
                 select from posting p
                 join account a on a.organization_id = p.organization_id and a.id = p.account_id
-                where p.organization_id = e.organization_id and p.entry_id = e.id and {" and ".join(conditions)})
+                where p.organization_id = %(organization_id)s and p.entry_id = e.id and {" and ".join(conditions)}
+                limit 1
+            ) p
         """
     return f"""
         select {_ENTRY_COLUMNS}, g.name as program_name
-        from journal_entry e
+        from (
+            select * from journal_entry e where {_entry_terms(wanted)} order by e.sequence desc limit %(scanned)s
+        ) e
+        {matching}
         join program g on g.organization_id = e.organization_id and g.id = e.program_id
-        where {terms.sql} {exists}
+        where {_action_term(wanted)}
         order by e.sequence desc
         limit %(rows)s
     """
 
 
-def _from_holder(wanted: EntryFilter, terms: _Terms) -> LiteralString:
-    """Walk the postings of each of the holder's accounts, newest first: along an account, version and sequence rise
-    together. What a page needs is among the newest `rows` of each account."""
-    account_terms: LiteralString = " and ".join(_account_conditions(wanted))
-    posting_terms: LiteralString = " and ".join(("p.account_id = a.id", *_posting_conditions(wanted)))
+def _last_scanned(wanted: EntryFilter) -> LiteralString:
+    """Where the scan of `_from_entries` ended at its bound; no row where the entries ended first."""
+    return f"""
+        select e.sequence from journal_entry e where {_entry_terms(wanted)}
+        order by e.sequence desc offset %(scanned)s - 1 limit 1
+    """
+
+
+def _from_holder(wanted: EntryFilter) -> LiteralString:
+    """Walk slices of the postings of each of the holder's accounts, newest first: along an account, version and
+    sequence rise together. What a page needs is among the newest `rows` of each account."""
+    posting_terms: LiteralString = " and ".join(("p.account_id = slice.account_id", *_posting_conditions(wanted)))
     return f"""
         select distinct on (e.sequence) {_ENTRY_COLUMNS}, g.name as program_name
-        from account a
+        from unnest(%(account_ids)s::uuid[], %(after)s::bigint[], %(until)s::bigint[])
+            slice (account_id, after, until)
         cross join lateral (
             select e.*
             from posting p
-            join journal_entry e on e.organization_id = p.organization_id and e.id = p.entry_id
-            where p.organization_id = %(organization_id)s and {posting_terms} and {terms.sql}
+            cross join lateral (
+                select * from journal_entry where organization_id = %(organization_id)s and id = p.entry_id limit 1
+            ) e
+            where p.organization_id = %(organization_id)s and {posting_terms}
+                and p.version > slice.after and p.version <= slice.until
+                and {_entry_terms(wanted)} and {_action_term(wanted)}
             order by p.version desc
             limit %(rows)s
         ) e
         join program g on g.organization_id = e.organization_id and g.id = e.program_id
-        where a.organization_id = %(organization_id)s and {account_terms}
         order by e.sequence desc
         limit %(rows)s
     """
+
+
+def _action_term(wanted: EntryFilter) -> LiteralString:
+    return "true" if wanted.action_type is None else "e.action_type = %(action_type)s"
 
 
 def _account_conditions(wanted: EntryFilter) -> tuple[LiteralString, ...]:
@@ -239,15 +270,29 @@ def _posting_conditions(wanted: EntryFilter) -> tuple[LiteralString, ...]:
     return tuple(conditions)
 
 
-def _params(tx: Transaction, wanted: EntryFilter, terms: _Terms, page: PageRequest) -> dict[str, Any]:
+def _account_params(tx: Transaction, wanted: EntryFilter) -> dict[str, Any]:
     return {
-        **terms.params,
         "organization_id": tx.organization_id,
         "participant_id": wanted.participant_id,
         "group_id": wanted.group_id,
         "asset_id": wanted.asset_id,
         "bucket": wanted.bucket,
+    }
+
+
+def _params(tx: Transaction, wanted: EntryFilter, window: _Window, page: PageRequest) -> dict[str, Any]:
+    return _account_params(tx, wanted) | {
+        "program_id": wanted.program_id,
+        "event_id": wanted.event_id,
+        "rule_id": wanted.rule_id,
+        "reference_id": wanted.reference_id,
+        "action_type": wanted.action_type,
+        "created_from": wanted.created_from,
+        "created_to": wanted.created_to,
         "min_amount": wanted.min_amount,
         "max_amount": wanted.max_amount,
+        "low": window.low,
+        "high": window.high,
+        "scanned": SCANNED_ENTRIES,
         "rows": page.limit + 1,
     }

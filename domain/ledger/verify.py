@@ -6,17 +6,24 @@ that computed it first. Contract: endpoints.md "GET /v1/reports/integrity", hold
 The whole chain is a `Walk`: a small value that `advance` moves on by one page, so that a request walks in one
 transaction, a command in one per page, and either can show its progress. Its target is the head as it was at the
 start: entries written meanwhile belong to the next walk. A background verification keeps it between activities as JSON
-(`save`, `resume`). Per page it also ties each posting to the one before it in its
-account (version + 1, balance + amount); from genesis on, that is the same as folding every account from zero.
+(`save`, `resume`). Every entry also ties each of its postings to the one before it in its account (version + 1, balance
++ amount); from genesis on, that is the same as folding every account from zero.
+
+After the chain come the stages that follow from it: postings without an entry, then what is projected from the ledger.
+Accounts are held against the lots and holds that make them, lots and holds against their changes. Each is checked
+within one statement, so in one snapshot, as it is then: writers change an account and its projections in one commit.
+
+Hashing is computation, and runs in a thread: a request's event loop goes on serving others.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal, DecimalException
 from itertools import groupby
 from operator import attrgetter
-from typing import Any, ClassVar, LiteralString, NamedTuple, ParamSpec
+from typing import Any, ClassVar, Literal, LiteralString, NamedTuple, ParamSpec
 from uuid import UUID
 
 import orjson
@@ -26,9 +33,13 @@ from db.session import Transaction
 from domain import limits
 from domain.errors import not_found
 from domain.ledger.canonical import GENESIS_HASH, HASH_VERSION, HashedPosting, entry_body, entry_hash, entry_tail
-from domain.money import EXACT, ZERO
+from domain.ledger.moments import Moment
+from domain.money import EXACT, ZERO, format_plain
 
 P = ParamSpec("P")
+
+Stage = Literal["POSTINGS", "ACCOUNTS", "LOTS", "HOLDS", "DONE"]
+"""What a walk checks once the chain is done, in this order."""
 
 _STORED_COLUMNS: LiteralString = """
     e.sequence, e.id, e.program_id, e.action_type, e.description, e.event_id, e.rule_id, e.reference_id, e.api_key_id,
@@ -36,22 +47,37 @@ _STORED_COLUMNS: LiteralString = """
     a.entity_type, a.entity_id, a.asset_id, a.bucket
 """
 
+# The posting before is found by `<`, not by `= version - 1`: under row-level security only comparisons of plain columns
+# become index conditions, and an account of a million postings would be read for each of them.
+_BEFORE: LiteralString = """
+left join lateral (
+    select organization_id, entry_id, version, balance from posting
+    where organization_id = p.organization_id and account_id = p.account_id and version < p.version
+    order by version desc limit 1
+) before on true
+left join journal_entry before_entry on before_entry.organization_id = before.organization_id
+    and before_entry.id = before.entry_id
+"""
+
 # One statement is one snapshot: head, entries and postings belong together whatever is written meanwhile. One entry
-# more than the window is read, for its hash.
+# more than the window is read, for its hash, and the one behind it, which carries the hash of the window's last.
 _WINDOW: LiteralString = f"""
-select coalesce(h.sequence, 0), h.hash, {_STORED_COLUMNS}, null, null, null
+select coalesce(h.sequence, 0), h.hash, behind.prev_hash, {_STORED_COLUMNS},
+       before.version, before.balance, before_entry.sequence
 from (values (%(organization_id)s::uuid)) o (id)
 left join chain_head h on h.organization_id = o.id
+left join journal_entry behind on behind.organization_id = o.id and behind.sequence = %(behind)s
 left join lateral (
-    select * from journal_entry where organization_id = o.id order by sequence desc limit %(rows)s
+    select * from journal_entry where organization_id = o.id and sequence < %(behind)s
+    order by sequence desc limit %(rows)s
 ) e on true
 left join posting p on p.organization_id = o.id and p.entry_id = e.id
 left join account a on a.organization_id = o.id and a.id = p.account_id
+{_BEFORE}
 order by e.sequence, p.ordinal
 """
+_END_OF_CHAIN = 2**63 - 1
 
-# The posting before is found by `<`, not by `= version - 1`: under row-level security only comparisons of plain columns
-# become index conditions, and an account of a million postings would be read for each of them.
 _PAGE: LiteralString = f"""
 select {_STORED_COLUMNS}, before.version, before.balance, before_entry.sequence
 from (
@@ -61,13 +87,7 @@ from (
 ) e
 left join posting p on p.organization_id = e.organization_id and p.entry_id = e.id
 left join account a on a.organization_id = p.organization_id and a.id = p.account_id
-left join lateral (
-    select organization_id, entry_id, version, balance from posting
-    where organization_id = p.organization_id and account_id = p.account_id and version < p.version
-    order by version desc limit 1
-) before on true
-left join journal_entry before_entry on before_entry.organization_id = before.organization_id
-    and before_entry.id = before.entry_id
+{_BEFORE}
 order by e.sequence, p.ordinal
 """
 
@@ -96,6 +116,56 @@ left join lateral (
 ) orphan on true
 """
 _ORPHANS_PAGE = 10 * limits.VERIFY_PAGE
+
+# Accounts with what their lots and holds make of them, probe by probe.
+_ACCOUNTS: LiteralString = """
+select a.id, a.entity_type, a.entity_id, a.asset_id, a.bucket, s.inventory_mode = 'LOT', coalesce(newest.balance, 0),
+       lots.remaining, holds.remaining
+from (
+    select * from account where organization_id = %(organization_id)s and id > %(after)s order by id limit %(rows)s
+) a
+left join asset s on s.organization_id = a.organization_id and s.id = a.asset_id
+left join lateral (
+    select balance from posting where organization_id = a.organization_id and account_id = a.id
+    order by version desc limit 1
+) newest on true
+cross join lateral (
+    select coalesce(sum(remaining), 0) as remaining from lot
+    where organization_id = a.organization_id and entity_id = a.entity_id and asset_id = a.asset_id
+        and status = a.bucket and remaining > 0 and entity_type = a.entity_type
+) lots
+cross join lateral (
+    select coalesce(sum(remaining), 0) as remaining from hold
+    where organization_id = a.organization_id and entity_id = a.entity_id and asset_id = a.asset_id
+        and status = 'ACTIVE' and entity_type = a.entity_type
+) holds
+order by a.id
+"""
+
+# Lots or holds with the sum of their changes, and whether the account that they are part of is there.
+_CHANGED: LiteralString = """
+select r.id, r.entity_id, r.asset_id, {bucket}, r.status, r.amount, r.remaining, changes.delta, a.id is not null
+from (
+    select * from {table} where organization_id = %(organization_id)s and id > %(after)s order by id limit %(rows)s
+) r
+cross join lateral (
+    select coalesce(sum(delta), 0) as delta from {table}_change
+    where organization_id = r.organization_id and {table}_id = r.id
+) changes
+left join lateral (
+    select id from account
+    where organization_id = r.organization_id and entity_id = r.entity_id and asset_id = r.asset_id
+        and bucket = {bucket} and entity_type = r.entity_type
+    limit 1
+) a on true
+order by r.id
+"""
+_LOTS: LiteralString = _CHANGED.format(table="lot", bucket="r.status")
+_HOLDS: LiteralString = _CHANGED.format(table="hold", bucket="'HELD'")
+
+_HOLDERS = ("PARTICIPANT", "GROUP")
+_OPEN = ("DEFERRED", "AVAILABLE", "HELD", "ACTIVE")
+"""The statuses of lots and holds of which something remains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +198,9 @@ class Walk:
     finished: bool = False
     last_posting: tuple[UUID, int] = (UUID(int=0), -1)
     """How far the search for postings without an entry has come, after the chain."""
+    stage: Stage = "POSTINGS"
+    last_id: UUID = UUID(int=0)
+    """How far the stage has come through accounts, lots or holds, in the order of their ids."""
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_bytes="hex", val_json_bytes="hex")
 
     @property
@@ -141,36 +214,16 @@ class Walk:
         return self.sequence >= self.head_sequence
 
 
-async def check_window(tx: Transaction, window: int) -> Integrity:
+async def check_window(tx: Transaction, window: int, moment: Moment | None = None) -> Integrity:
     """Check the newest `window` entries against each other, their predecessor and the head, in one snapshot.
 
-    `window` is 1 to limits.INTEGRITY_WINDOW_MAX.
+    With `moment` they are the newest as of then, and the last is held against the entry behind it, if there is one;
+    the head is the chain's as it is now. `window` is 1 to limits.INTEGRITY_WINDOW_MAX.
     """
-    cursor = await tx.execute(_WINDOW, {"organization_id": tx.organization_id, "rows": window + 1})
-    rows = await cursor.fetchall()
-    head_sequence, head_hash = rows[0][0], bytes(rows[0][1] or GENESIS_HASH)
-    entries = _entries(_Stored(*row[2:]) for row in rows if row[2] is not None)
-    sequence, previous = 0, GENESIS_HASH
-    if len(entries) > window:
-        before = entries.pop(0)[0]
-        sequence, previous = before.sequence, bytes(before.entry_hash)
-    first_invalid = None
-    checked_from = entries[0][0].sequence if entries else None
-    for lines in entries:
-        if first_invalid is None and _exactly(_entry_problem, tx.organization_id, lines, sequence, previous):
-            first_invalid = lines[0].id
-        sequence, previous = lines[0].sequence, bytes(lines[0].entry_hash)
-    return Integrity(
-        valid=first_invalid is None and sequence == head_sequence and previous == head_hash,
-        organization_id=tx.organization_id,
-        checked_from_sequence=checked_from,
-        checked_to_sequence=sequence if entries else None,
-        entries_checked=len(entries),
-        head_sequence=head_sequence,
-        head_hash=head_hash,
-        first_invalid_entry_id=first_invalid,
-        checked_at=tx.now,
-    )
+    behind = _END_OF_CHAIN if moment is None else moment.sequence + 1
+    params = {"organization_id": tx.organization_id, "rows": window + 1, "behind": behind}
+    rows = await (await tx.execute(_WINDOW, params)).fetchall()
+    return await asyncio.to_thread(_attest, tx.organization_id, rows, window, moment, tx.now)
 
 
 async def begin_walk(tx: Transaction) -> Walk:
@@ -190,10 +243,8 @@ async def begin_walk(tx: Transaction) -> Walk:
 async def advance(tx: Transaction, walk: Walk) -> bool:
     """Check the next page; False once the walk has ended, at the first problem or with nothing left to check."""
     if walk.problem is None:
-        check = _check_orphans if walk.chain_is_done else _check_page
-        await check(tx, walk)
-    if walk.problem is not None:
-        walk.finished = True
+        await (_STAGES[walk.stage] if walk.chain_is_done else _check_page)(tx, walk)
+    walk.finished = walk.problem is not None or walk.stage == "DONE"
     return not walk.finished
 
 
@@ -254,6 +305,64 @@ class _Stored(NamedTuple):
     sequence_before: int | None
 
 
+class _Account(NamedTuple):
+    """An account, and what the lots and holds of its holder and asset make."""
+
+    id: UUID
+    entity_type: str
+    entity_id: UUID | None
+    asset_id: UUID
+    bucket: str
+    has_lots: bool
+    balance: Decimal
+    lots: Decimal
+    holds: Decimal
+
+
+class _Changed(NamedTuple):
+    """A lot or hold, and the sum of its changes."""
+
+    id: UUID
+    entity_id: UUID
+    asset_id: UUID
+    bucket: str
+    status: str
+    amount: Decimal
+    remaining: Decimal
+    delta: Decimal
+    has_account: bool
+
+
+def _attest(
+    organization_id: UUID, rows: Sequence[tuple[Any, ...]], window: int, moment: Moment | None, now: datetime
+) -> Integrity:
+    head_sequence, head_hash, hash_behind = rows[0][0], bytes(rows[0][1] or GENESIS_HASH), rows[0][2]
+    end = (head_sequence, head_hash)
+    if moment is not None and hash_behind is not None:
+        end = (moment.sequence, bytes(hash_behind))
+    entries = _entries(_Stored(*row[3:]) for row in rows if row[3] is not None)
+    sequence, previous = 0, GENESIS_HASH
+    if len(entries) > window:
+        before = entries.pop(0)[0]
+        sequence, previous = before.sequence, bytes(before.entry_hash)
+    first_invalid = None
+    for lines in entries:
+        if first_invalid is None and _problem(organization_id, lines, sequence, previous) is not None:
+            first_invalid = lines[0].id
+        sequence, previous = lines[0].sequence, bytes(lines[0].entry_hash)
+    return Integrity(
+        valid=first_invalid is None and (sequence, previous) == end,
+        organization_id=organization_id,
+        checked_from_sequence=entries[0][0].sequence if entries else None,
+        checked_to_sequence=sequence if entries else None,
+        entries_checked=len(entries),
+        head_sequence=head_sequence,
+        head_hash=head_hash,
+        first_invalid_entry_id=first_invalid,
+        checked_at=now,
+    )
+
+
 def _entries(rows: Iterable[_Stored]) -> list[list[_Stored]]:
     return [list(lines) for _, lines in groupby(rows, key=attrgetter("sequence"))]
 
@@ -266,14 +375,16 @@ async def _check_page(tx: Transaction, walk: Walk) -> None:
         "rows": limits.VERIFY_PAGE,
     }
     cursor = await tx.execute(_PAGE, params)
-    entries = _entries(_Stored(*row) for row in await cursor.fetchall())
-    if not entries:
+    await asyncio.to_thread(_follow, walk, await cursor.fetchall())
+
+
+def _follow(walk: Walk, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Move the walk on along the entries in `rows`, as far as they are sound."""
+    if not rows:
         walk.problem = f"the newest entries are missing: the head is at {walk.head_sequence}"
         return
-    for lines in entries:
-        problem = _exactly(_entry_problem, walk.organization_id, lines, walk.sequence, walk.hash) or _exactly(
-            _balance_problem, lines
-        )
+    for lines in _entries(_Stored(*row) for row in rows):
+        problem = _problem(walk.organization_id, lines, walk.sequence, walk.hash)
         walk.entries_checked += 1
         if problem is not None:
             walk.first_invalid_entry_id, walk.problem = lines[0].id, problem
@@ -294,12 +405,82 @@ async def _check_orphans(tx: Transaction, walk: Walk) -> None:
     }
     row = await (await tx.execute(_ORPHANS, params)).fetchone()
     # A page that isn't full is the last: what is written from now on belongs to the next walk.
-    walk.finished = row is None or row[3] < _ORPHANS_PAGE
+    if row is None or row[3] < _ORPHANS_PAGE:
+        walk.stage = "ACCOUNTS"
     if row is None:
         return
     walk.last_posting = (row[0], row[1])
     if row[2] is not None:
         walk.problem = f"there are postings of an entry {row[2]} that doesn't exist"
+
+
+async def _check_accounts(tx: Transaction, walk: Walk) -> None:
+    """Hold the next page of accounts against the lots and holds that make them. Contract: holders.md 6.8 and 7."""
+    accounts = [_Account(*row) for row in await _next_rows(tx, walk, _ACCOUNTS, then="LOTS")]
+    walk.problem = next(filter(None, (_exactly(_account_problem, account) for account in accounts)), None)
+
+
+async def _check_lots(tx: Transaction, walk: Walk) -> None:
+    """Hold the next page of lots against their changes."""
+    lots = [_Changed(*row) for row in await _next_rows(tx, walk, _LOTS, then="HOLDS")]
+    walk.problem = next(filter(None, (_exactly(_change_problem, "lot", lot) for lot in lots)), None)
+
+
+async def _check_holds(tx: Transaction, walk: Walk) -> None:
+    """Hold the next page of holds against their changes."""
+    holds = [_Changed(*row) for row in await _next_rows(tx, walk, _HOLDS, then="DONE")]
+    walk.problem = next(filter(None, (_exactly(_change_problem, "hold", hold) for hold in holds)), None)
+
+
+async def _next_rows(tx: Transaction, walk: Walk, query: LiteralString, *, then: Stage) -> list[tuple[Any, ...]]:
+    """The next page of the walk's stage, by id. A page that isn't full is its last, and the stage `then` follows."""
+    params = {"organization_id": tx.organization_id, "after": walk.last_id, "rows": limits.VERIFY_PAGE}
+    rows = await (await tx.execute(query, params)).fetchall()
+    if len(rows) < limits.VERIFY_PAGE:
+        walk.stage, walk.last_id = then, UUID(int=0)
+    else:
+        walk.last_id = rows[-1][0]
+    return rows
+
+
+_STAGES: dict[Stage, Callable[[Transaction, Walk], Awaitable[None]]] = {
+    "POSTINGS": _check_orphans,
+    "ACCOUNTS": _check_accounts,
+    "LOTS": _check_lots,
+    "HOLDS": _check_holds,
+}
+
+
+def _account_problem(account: _Account) -> str | None:
+    """What is wrong with the lots and holds of an account; only those of holders have any."""
+    if account.entity_type not in _HOLDERS:
+        return None
+    place = f"holder {account.entity_id}, asset {account.asset_id}, {account.bucket}"
+    balance = format_plain(account.balance)
+    if account.lots != _lots_due(account):
+        return f"{place}: the balance is {balance}, and its lots have {format_plain(account.lots)}"
+    if account.bucket == "HELD" and account.holds != account.balance:
+        return f"{place}: the balance is {balance}, and its active holds have {format_plain(account.holds)}"
+    return None
+
+
+def _lots_due(account: _Account) -> Decimal:
+    """What the account's lots should make: nothing of an asset without lots, or while AVAILABLE is overdrawn."""
+    if not account.has_lots:
+        return ZERO
+    return max(account.balance, ZERO) if account.bucket == "AVAILABLE" else account.balance
+
+
+def _change_problem(what: str, row: _Changed) -> str | None:
+    """What is wrong with a lot or hold, by itself."""
+    name = f"holder {row.entity_id}, asset {row.asset_id}, {row.bucket}: {what} {row.id}"
+    if row.remaining < ZERO or row.remaining != EXACT.add(row.amount, row.delta):
+        return f"{name} has {row.remaining}, which its changes don't make of {row.amount}"
+    if (row.remaining > ZERO) != (row.status in _OPEN):
+        return f"{name} is {row.status} with {row.remaining}"
+    if row.remaining > ZERO and not row.has_account:
+        return f"{name} belongs to no account"
+    return None
 
 
 def _exactly(check: Callable[P, str | None], *args: P.args, **kwargs: P.kwargs) -> str | None:
@@ -308,6 +489,11 @@ def _exactly(check: Callable[P, str | None], *args: P.args, **kwargs: P.kwargs) 
         return check(*args, **kwargs)
     except DecimalException:
         return "an amount is not a number of at most 80 digits"
+
+
+def _problem(organization_id: UUID, lines: Sequence[_Stored], sequence: int, previous: bytes) -> str | None:
+    """What is wrong with the entry in `lines` or the running balances it carries."""
+    return _exactly(_entry_problem, organization_id, lines, sequence, previous) or _exactly(_balance_problem, lines)
 
 
 def _entry_problem(organization_id: UUID, lines: Sequence[_Stored], sequence: int, previous: bytes) -> str | None:

@@ -11,13 +11,16 @@ import psycopg
 import pytest
 from fastapi import FastAPI
 
+from api import health
 from api.app import create_app
 from api.route import Tx, make_router
-from db.session import ATTEMPTS, Database
+from db.session import ATTEMPTS, Database, OutcomeUnknown
 from domain import limits
+from domain.clock import system_clock
 from settings import Settings
 from tests.api.calls import all_pages, new_program, problem, wrong_fields
 from tests.conftest import Tenant
+from tests.servers import Postgres
 from workflows.gateway import Gateway
 
 
@@ -330,6 +333,68 @@ async def test_a_lock_that_is_not_had_in_time_is_a_503(faulty: Faulty, fault: Ca
     answer, rows = await fault()
     problem(answer, 503, "service_unavailable")
     assert (faulty.calls, rows) == (1, 0)
+
+
+async def test_a_commit_whose_outcome_is_unknown_is_a_503_that_says_so(
+    faulty: Faulty, fault: Callable[[], Any]
+) -> None:
+    def behave(call: int) -> None:
+        raise OutcomeUnknown("the connection was lost during the commit")
+
+    faulty.behave = behave
+    answer, _ = await fault()
+    message = problem(answer, 503, "service_unavailable")["message"]
+    assert "outcome is unknown" in message
+    assert "same idempotency_key" in message
+    assert "nothing was done" not in message
+    assert faulty.calls == 1
+
+
+async def test_a_busy_database_is_a_503_and_no_reason_to_be_taken_out_of_service(
+    postgres: Postgres, settings: Settings, gateway: Gateway, organization: Tenant
+) -> None:
+    database = Database(postgres.app_url, size=1, timeout_s=0.05, clock=system_clock)
+    await database.open()
+    try:
+        app = create_app(settings, database, gateway=gateway)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://scrip.test") as client:
+            async with database.transaction(organization.id):
+                answer = await client.get("/v1/programs", headers={"X-API-Key": organization.api_key})
+                problem(answer, 503, "service_unavailable")
+                ready = await client.get("/readyz")
+                assert (ready.status_code, ready.json()["database"]) == (200, "busy")
+            ready = await client.get("/readyz")
+            assert (ready.status_code, ready.json()["database"]) == (200, "ok")
+    finally:
+        await database.close()
+
+
+async def test_a_database_that_does_not_answer_keeps_no_probe_waiting(
+    settings: Settings, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = asyncio.Event()
+
+    async def say_nothing(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await over.wait()
+        writer.close()
+
+    monkeypatch.setattr(health, "_DATABASE_PROBE_S", 0.05)
+    mute = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    port = mute.sockets[0].getsockname()[1]
+    url = f"postgresql://scrip_app:x@127.0.0.1:{port}/scrip"
+    database = Database(url, size=1, timeout_s=3_600, clock=lambda: pytest.fail("no transaction begins"))
+    await database.open()
+    try:
+        app = create_app(settings, database, gateway=gateway)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://scrip.test") as client:
+            ready = await client.get("/readyz")
+        assert (ready.status_code, ready.json()["database"]) == (503, "unreachable")
+    finally:
+        mute.close()
+        over.set()
+        await database.close()
 
 
 async def test_an_unreachable_database_is_a_503(settings: Settings, gateway: Gateway, organization: Tenant) -> None:

@@ -1,7 +1,7 @@
 """Holds, releases, forfeits and voids, and the lots they move. Contract: holders.md 4.3, 6.3 to 6.8, 7.1, 7.2, 9."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -12,14 +12,19 @@ from sqlmodel import col
 
 from db.session import Database
 from db.tables import Asset, Group, Hold, Participant, Program
-from domain import holds
+from domain import balances, holds, limits
 from domain.balances import AdjustResult, Holder, OperationResult
 from domain.errors import Refusal
 from domain.holds import HoldFilter
 from domain.ids import new_id
+from domain.ledger import movements
+from domain.ledger.holdings import load_lots, load_oldest_holds
+from domain.ledger.lots import Lot, LotBook
+from domain.limits import LOTS_PER_PAGE
 from domain.pagination import PageRequest
 from tests.builders import d, make_group, make_participant, make_program, open_shop
 from tests.conftest import SettableClock, Tenant
+from tests.due_support import timed_hold
 from tests.holdings_support import Desk
 from tests.ledger_invariants import assert_ledger_invariants
 
@@ -1061,6 +1066,90 @@ async def test_more_lots_than_one_page_are_moved_exactly(desk: Desk, owner: Any)
     assert len(spent.lots) == 430
     assert await desk.buckets() == ("20", "430", "0")
     assert (await desk.release(reference_id="all")).amount == 430
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many lots each page brought."""
+    pages: list[int] = []
+    add = LotBook.add
+
+    def counted(book: LotBook, lots: Iterable[Lot]) -> list[Lot]:
+        here = add(book, lots)
+        pages.append(len(here))
+        return here
+
+    monkeypatch.setattr(LotBook, "add", counted)
+    return pages
+
+
+async def test_a_debit_that_may_overdraw_loads_no_more_lots_than_it_takes(
+    desk: Desk, owner: Any, loaded: list[int]
+) -> None:
+    await fill_with_lots(desk, owner, 3 * LOTS_PER_PAGE)
+    loaded.clear()
+
+    await desk.debit("5", allow_negative=True)
+    assert loaded == [LOTS_PER_PAGE]
+
+    await desk.debit("1000", allow_negative=True)
+    assert (await desk.buckets())[0] == "-405"
+    assert {lot["status"] for lot in await desk.lot_rows()} == {"CONSUMED"}
+
+
+async def test_what_the_transaction_has_spent_does_not_count_as_loaded(desk: Desk, owner: Any) -> None:
+    await fill_with_lots(desk, owner, 2 * LOTS_PER_PAGE)
+    first, second = d(str(LOTS_PER_PAGE)), d("150")
+
+    async with desk._posting() as (tx, terms, books):
+        position = desk._position(terms)
+        for amount in (first, second):
+            await load_lots(tx, books.lots, position.select("AVAILABLE", tx.now), amount)
+            movements.debit(books, position, desk._cause(tx), amount, allow_negative=False)
+
+    assert (await desk.buckets())[0] == "50"
+
+
+async def test_a_lot_made_in_the_transaction_waits_its_turn_behind_those_in_the_table(desk: Desk) -> None:
+    await desk.credit("10")
+
+    async with desk._posting() as (tx, terms, books):
+        position, ten = desk._position(terms), d("10")
+        movements.credit(books, position, desk._cause(tx), ten, balances.credit_source(books, terms, ten))
+        await load_lots(tx, books.lots, position.select("AVAILABLE", tx.now), ten)
+        movements.debit(books, position, desk._cause(tx), ten, allow_negative=False)
+
+    older, newer = sorted(await desk.lot_rows(), key=lambda lot: (lot["created_at"], lot["id"]))
+    assert (older["status"], newer["status"]) == ("CONSUMED", "AVAILABLE")
+
+
+async def test_what_the_transaction_has_taken_of_holds_does_not_count_as_loaded(
+    simple: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "LOTS_PER_PAGE", 1)
+    await simple.credit("10")
+    for _ in range(2):
+        await simple.hold("5")
+
+    async with simple._posting() as (tx, terms, books):
+        position, five = simple._position(terms), d("5")
+        for _ in range(2):
+            await load_oldest_holds(tx, books.holds, simple.holder.id, simple.asset_id, five)
+            movements.debit_held(books, position, simple._cause(tx), five)
+
+    assert await simple.buckets() == ("0", "0", "0")
+
+
+@pytest.mark.parametrize(("amount", "ends"), [("10", True), ("9", False)])
+async def test_a_debit_of_held_names_the_holds_whose_workflows_have_nothing_left_to_do(
+    any_desk: Desk, amount: str, ends: bool
+) -> None:
+    await any_desk.credit("10")
+    hold_id = await timed_hold(any_desk, "10", NOON + timedelta(days=36500), carrier="WORKFLOW")
+
+    result = await any_desk.debit(amount, bucket="HELD")
+
+    assert result.ended_holds == ((hold_id,) if ends else ())
 
 
 async def fill_with_lots(desk: Desk, owner: Any, count: int) -> None:

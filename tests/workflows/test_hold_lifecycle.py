@@ -215,6 +215,19 @@ class TestWithAWorker:
     @pytest.mark.parametrize(
         ("signal", "status", "available"), [("release", "RELEASED", "100"), ("forfeit", "FORFEITED", "70")]
     )
+    async def test_a_debit_of_held_that_settles_a_hold_ends_its_workflow(
+        self, client: httpx.AsyncClient, shop: Shop, desk: Desk, temporal: Client
+    ) -> None:
+        hold_id = await made(client, shop, expires_in="1h")
+        debit = {"type": "DEBIT", "bucket": "HELD", "amount": "30", "description": "Settled"}
+        holder = {"program_id": str(shop.program_id), "asset_id": str(shop.asset_id)}
+
+        answer = await client.post(f"/participants/{shop.alice}/balances/adjust", json=debit | holder)
+
+        assert answer.status_code == 200
+        assert await temporal.get_workflow_handle(hold.workflow_id(hold_id)).result() == "SETTLED"
+        assert await desk.buckets() == ("70", "0", "0")
+
     async def test_an_operator_ends_a_hold_by_a_signal(
         self,
         client: httpx.AsyncClient,

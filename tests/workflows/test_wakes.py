@@ -1,5 +1,6 @@
 """How the event processing of a program is woken, on a real Temporal server. docs/decisions/0005-wakes.md."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -8,8 +9,10 @@ import psycopg
 import pytest
 from temporalio.service import RPCError, RPCStatusCode
 
+import worker
 from api.app import create_app
-from db.session import Database
+from db.session import Database, DatabaseUnavailable
+from domain import limits
 from settings import Settings
 from tests.conftest import SettableClock, Tenant
 from tests.events_support import HttpProgram, counter, settled
@@ -84,8 +87,11 @@ async def test_events_wake_a_quiet_program_or_are_found_by_its_drain(
         assert (await settled(client, event))["status"] == "COMPLETED"
 
 
-async def test_a_program_with_the_longest_name_is_processed_like_any_other(client: httpx.AsyncClient) -> None:
-    program = await HttpProgram.open(client, name="\U0001f600" * 255)
+@pytest.mark.parametrize("character", ["\U0001f600", '"'])
+async def test_a_program_with_the_longest_name_is_processed_like_any_other(
+    client: httpx.AsyncClient, character: str
+) -> None:
+    program = await HttpProgram.open(client, name=character * 255)
 
     assert (await program.run())["status"] == "COMPLETED"
 
@@ -109,3 +115,62 @@ async def test_a_program_that_cannot_be_woken_does_not_keep_others_asleep(
 
     for event in events[2:]:
         assert (await settled(cut_off, event))["status"] == "COMPLETED"
+
+
+@pytest.mark.parametrize("error", [DatabaseUnavailable("no"), psycopg.OperationalError("lost"), KeyError("a mistake")])
+async def test_the_look_for_lost_wakes_survives_whatever_happens(
+    error: Exception, database: Database, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: asyncio.Queue[int] = asyncio.Queue()
+
+    async def look(_database: Database, _gateway: Gateway) -> int:
+        looks.put_nowait(1)
+        raise error
+
+    monkeypatch.setattr(worker, "reconcile", look)
+    monkeypatch.setattr(limits, "LOST_WAKE_INTERVAL_S", 0)
+    timer = asyncio.create_task(worker.keep_reconciled(database, gateway))
+    try:
+        async with asyncio.timeout(10):
+            for _ in range(3):
+                await looks.get()
+        assert not timer.done()
+    finally:
+        timer.cancel()
+
+
+async def test_a_worker_serves_until_it_is_stopped() -> None:
+    stop = asyncio.Event()
+    timer: asyncio.Task[None] = asyncio.create_task(asyncio.sleep(3_600))
+    stop.set()
+    await worker.serve_until(stop, timer)
+    timer.cancel()
+
+
+async def test_a_worker_fails_when_its_look_for_lost_wakes_ends() -> None:
+    async def end(error: BaseException | None) -> None:
+        if error is not None:
+            raise error
+
+    for error in (None, KeyError("a mistake"), asyncio.CancelledError()):
+        with pytest.raises(RuntimeError, match="lost wakes has ended"):
+            await worker.serve_until(asyncio.Event(), asyncio.create_task(end(error)))
+
+
+def test_a_worker_that_fails_exits_with_1(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(_settings: Settings) -> None:
+        raise RuntimeError("the look for lost wakes has ended")
+
+    class Exited(BaseException):
+        pass
+
+    def leave(status: int) -> None:
+        raise Exited(status)
+
+    monkeypatch.setattr(worker, "run", fail)
+    monkeypatch.setattr(worker, "get_settings", lambda: settings)
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr("logging.shutdown", lambda: None)
+    with pytest.raises(Exited) as exited:
+        worker.main()
+    assert exited.value.args == (1,)

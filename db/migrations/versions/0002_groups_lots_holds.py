@@ -54,7 +54,7 @@ def upgrade() -> None:
     op.create_index(
         "hold_end_idx",
         "hold",
-        ["organization_id", "program_id", "expires_at", "id"],
+        ["organization_id", "program_id", "carrier", "expires_at", "id"],
         unique=False,
         postgresql_where=sa.text("status = 'ACTIVE' and expires_at is not null"),
     )

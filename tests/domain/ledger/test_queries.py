@@ -14,14 +14,15 @@ from domain import balances, wallet
 from domain.balances import AdjustRequest, Holder
 from domain.errors import Refusal
 from domain.ids import new_id
-from domain.ledger import queries, verify
+from domain.ledger import moments, queries, verify
 from domain.ledger.journal import load_accounts, write
 from domain.ledger.queries import EntryFilter
 from domain.locks import lock_participants
-from domain.pagination import PageRequest
+from domain.pagination import PageRequest, encode_cursor
 from domain.wallet import WalletRequest
 from tests.builders import Shop, d, make_asset, make_participant, make_program, open_shop
 from tests.conftest import SettableClock, Tenant
+from tests.domain.ledger.test_moments import assert_indexed, explain
 
 Find = Callable[..., Any]
 
@@ -208,10 +209,11 @@ async def test_long_ledgers_are_read_through_indexes(
     wanted = EntryFilter(participant_id=shop.alice)
 
     async with database.transaction(organization.id) as tx:
-        terms = await queries._entry_terms(tx, wanted, before=9_990)
-        listing = await plan(tx, queries._from_holder(wanted, terms), queries._params(tx, wanted, terms, PageRequest()))
+        window = await queries._window(tx, wanted, before=9_990)
+        params = queries._params(tx, wanted, window, PageRequest()) | await queries._slices(tx, wanted, window)
+        listing = await plan(tx, queries._from_holder(wanted), params)
         bisection = await plan(
-            tx, queries._BISECT, {"organization_id": tx.organization_id, "instant": tx.now, "after": False}
+            tx, moments._BISECT, {"organization_id": tx.organization_id, "instant": tx.now, "after": False}
         )
         page = await plan(
             tx, verify._PAGE, {"organization_id": tx.organization_id, "after": 9_000, "head": 10_000, "rows": 50}
@@ -222,6 +224,52 @@ async def test_long_ledgers_are_read_through_indexes(
         assert not any("Seq Scan on posting" in line or "Seq Scan on journal_entry" in line for line in lines), lines
     assert any(re.search(r"Index Cond: .*sequence = span", line) for line in bisection), bisection
     assert any(re.search(r"Index Cond: .*version < p.version", line) for line in page), page
+
+
+async def test_a_deep_page_of_a_holder_reads_as_little_as_the_first(
+    database: Database, organization: Tenant, owner: psycopg.Connection[Any], shop: Shop, find: Find
+) -> None:
+    async with database.transaction(organization.id) as tx:
+        await lock_participants(tx, [shop.alice])
+        books = await load_accounts(tx, [shop.alice], [shop.asset_id])
+        source = books.system("SYSTEM_ISSUANCE", shop.asset_id)
+        alice = books.account("PARTICIPANT", shop.alice, shop.asset_id, "AVAILABLE")
+        for _ in range(20_000):
+            books.post("CREDIT", [(source, d("-1")), (alice, d("1"))], program_id=shop.program_id)
+        await write(tx, books)
+    owner.execute("analyze posting, journal_entry, account")
+    wanted, size = EntryFilter(participant_id=shop.alice), PageRequest(50)
+
+    for before in (20_001, 20_001 - 299 * 50):
+        cursor = encode_cursor(queries._SORT, [before])
+        async with database.transaction(organization.id) as tx:
+            window = await queries._window(tx, wanted, before=before)
+            slices = await queries._slices(tx, wanted, window)
+            page = await queries.list_entries(tx, wanted, PageRequest(50, cursor))
+            query: Any = queries._from_holder(wanted)
+            lines = await explain(tx, query, queries._params(tx, wanted, window, size) | slices)
+        assert [row["sequence"] for row in page.items] == list(range(before - 1, before - 51, -1))
+        assert_indexed(lines, pages=500)
+
+
+async def test_a_page_for_rare_entries_looks_at_a_bounded_number_and_says_where_to_go_on(
+    database: Database, organization: Tenant, shop: Shop, find: Find, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "SCANNED_ENTRIES", 3)
+    await move(database, organization, shop, ("AVAILABLE", "10"))
+    await move(database, organization, shop, ("AVAILABLE", "-4"), ("HELD", "4"), action_type="HOLD")
+    for _ in range(7):
+        await move(database, organization, shop, ("AVAILABLE", "1"))
+
+    rare = {"action_type": "HOLD", "program_id": shop.program_id}
+    for wanted in (rare, {"bucket": "HELD"}, {"min_amount": d("4"), "max_amount": d("5")}):
+        async with database.transaction(organization.id) as tx:
+            page = await queries.list_entries(tx, EntryFilter(**wanted), PageRequest(1))  # type: ignore[arg-type]
+        assert (page.items, page.has_more) == ([], True)
+        assert await find(limit=1, **wanted) == [2]
+    assert await find(limit=1, asset_id=shop.asset_id) == list(range(9, 0, -1))
+    assert await find(limit=2, asset_id=shop.asset_id) == list(range(9, 0, -1))
+    assert await find(limit=2, action_type="DEBIT") == []
 
 
 async def plan(tx: Transaction, query: Any, params: Any) -> list[str]:
