@@ -18,6 +18,7 @@ from temporalio.worker import Worker
 from activities.events import EventActivities
 from activities.holds import DueHoldActivities, HoldActivities
 from activities.ledger import LedgerActivities
+from activities.threads import ThreadDatabases
 from activities.upkeep import ReconcileActivities, ReconcileReport, UpkeepActivities
 from db.session import Database, DatabaseUnavailable
 from domain import limits
@@ -50,13 +51,14 @@ WORKFLOWS: Sequence[type] = (
 
 
 class Workers:
-    """One Temporal worker per task queue, and the database that steps on the event loop share.
+    """One Temporal worker per task queue, and the databases of its steps: one on the event loop, one in each thread.
 
     An asynchronous context: it serves from its beginning to its end.
     """
 
-    def __init__(self, database: Database, workers: Sequence[Worker]) -> None:
+    def __init__(self, database: Database, databases: ThreadDatabases, workers: Sequence[Worker]) -> None:
         self._database = database
+        self._databases = databases
         self._workers = workers
         self._serving = contextlib.AsyncExitStack()
 
@@ -69,14 +71,16 @@ class Workers:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Let activities under way finish, then close the database."""
+        """Let activities under way finish, then close the databases."""
         await self._serving.aclose()
+        await asyncio.to_thread(self._databases.close)
 
 
 def build_worker(client: Client, settings: Settings, clock: Clock, executor: ThreadPoolExecutor) -> Workers:
     """Workers that serve every queue with every workflow and activity. `executor` bounds the drains at once."""
     url = settings.database_url.get_secret_value()
-    events = EventActivities(url, clock, RetryPolicy(settings.max_attempts, settings.retry_schedule_s))
+    databases = ThreadDatabases(url, clock)
+    events = EventActivities(databases, RetryPolicy(settings.max_attempts, settings.retry_schedule_s))
     ledger = LedgerActivities(url, clock)
     due_holds = DueHoldActivities(url, clock)
     upkeep = UpkeepActivities(url, clock)
@@ -102,6 +106,7 @@ def build_worker(client: Client, settings: Settings, clock: Clock, executor: Thr
     ]
     return Workers(
         database,
+        databases,
         [
             Worker(
                 client,

@@ -1,18 +1,17 @@
 """Activities of event processing. Contract: rules-and-events.md 7."""
 
-import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
 from temporalio import activity
 
+from activities.threads import ThreadDatabases
 from db.session import Database
 from domain import limits
-from domain.clock import Clock
 from domain.events.control import set_paused
 from domain.events.drain import drain
 from domain.events.retries import RetryPolicy
@@ -47,13 +46,12 @@ class PauseRequest:
 
 
 class EventActivities:
-    """The draining activity and what it needs. It runs in a thread with a connection and an event loop of its own:
-    applying events is computation, and heartbeats and workflow tasks must go on beside it.
+    """The draining activity and what it needs. It runs in a thread: applying events is computation, and heartbeats and
+    workflow tasks must go on beside it.
     """
 
-    def __init__(self, database_url: str, clock: Clock, retries: RetryPolicy) -> None:
-        self._database_url = database_url
-        self._clock = clock
+    def __init__(self, databases: ThreadDatabases, retries: RetryPolicy) -> None:
+        self._databases = databases
         self._retries = retries
         self._turns = threading.Semaphore(limits.BATCHES_AT_ONCE)
         self._drains = 0
@@ -69,7 +67,29 @@ class EventActivities:
         is found. Raises what the database raises; Temporal repeats the activity.
         """
         with self._counted():
-            return asyncio.run(self._drain(request))
+            return self._databases.run(lambda database: self._drain(database, request))
+
+    @activity.defn(no_thread_cancel_exception=True)
+    def set_processing_paused(self, request: PauseRequest) -> None:
+        """Stop or resume the processing of a program's events. Repeating it changes nothing."""
+        self._databases.run(lambda database: self._set_paused(database, request))
+
+    async def _drain(self, database: Database, request: DrainRequest) -> DrainReport:
+        result = await drain(
+            database,
+            request.organization_id,
+            request.program_id,
+            self._retries,
+            activity.heartbeat,
+            after_loss=activity.info().attempt > 1,
+            pace_s=self._pace_s,
+            turns=self._turns,
+        )
+        return DrainReport(result.events, result.completed, result.failed, result.next_due_at, result.is_paused)
+
+    async def _set_paused(self, database: Database, request: PauseRequest) -> None:
+        async with database.transaction(request.organization_id) as tx:
+            await set_paused(tx, request.program_id, paused=request.paused)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -84,36 +104,3 @@ class EventActivities:
     def _pace_s(self) -> float:
         """Looking at queues costs the same however many programs this worker drains: each looks the more rarely."""
         return limits.DRAIN_POLL_MS / 1000 * max(1.0, self._drains / limits.DRAINS_AT_FULL_PACE)
-
-    @activity.defn(no_thread_cancel_exception=True)
-    def set_processing_paused(self, request: PauseRequest) -> None:
-        """Stop or resume the processing of a program's events. Repeating it changes nothing."""
-        asyncio.run(self._set_paused(request))
-
-    async def _set_paused(self, request: PauseRequest) -> None:
-        async with self._connected() as database, database.transaction(request.organization_id) as tx:
-            await set_paused(tx, request.program_id, paused=request.paused)
-
-    @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[Database]:
-        database = Database(self._database_url, size=1, timeout_s=10, clock=self._clock)
-        await database.open()
-        try:
-            yield database
-        finally:
-            await database.close()
-
-    async def _drain(self, request: DrainRequest) -> DrainReport:
-        after_loss = activity.info().attempt > 1
-        async with self._connected() as database:
-            result = await drain(
-                database,
-                request.organization_id,
-                request.program_id,
-                self._retries,
-                activity.heartbeat,
-                after_loss=after_loss,
-                pace_s=self._pace_s,
-                turns=self._turns,
-            )
-        return DrainReport(result.events, result.completed, result.failed, result.next_due_at, result.is_paused)

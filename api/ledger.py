@@ -80,7 +80,7 @@ class VerificationOut(ResponseModel):
     organization_id: UUID
     entries_checked: int
     first_invalid_entry_id: UUID | None = Field(
-        description="The first entry that fails, if it is an entry; the check ends."
+        description="The first entry that fails; null where it is something else."
     )
     problem: str | None = Field(description="What is wrong, for people; null when valid.")
     head_sequence: int = Field(description="Sequence of the newest entry; 0 on an empty ledger.")
@@ -100,7 +100,7 @@ class BackgroundVerificationOut(ResponseModel):
     entries_checked: int = Field(description="So far, of `head_sequence`.")
     head_sequence: int = Field(description="Sequence of the newest entry at the start: how far it goes.")
     first_invalid_entry_id: UUID | None = Field(
-        description="The first entry that fails, if it is an entry; the check ends."
+        description="The first entry that fails; null where it is something else."
     )
     problem: str | None = Field(description="What is wrong, for people.")
     started_at: Timestamp

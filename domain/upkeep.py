@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Literal, LiteralString
 from uuid import UUID
 
-from db.session import Database, DatabaseUnavailable, Transaction
+from db.session import Database, Transaction
 from domain import limits
 from domain.hold_ends import ALL, end_due_holds, instant_of_step, programs_with_ends
 from domain.ledger import movements
@@ -200,9 +200,8 @@ class Sweep:
         """Do a batch of this kind; whether there may be more."""
         try:
             return await (self._end_holds() if kind == "HOLDS" else self._book_lots(kind))
-        except DatabaseUnavailable:
-            raise
         except Exception:
+            await self._require_database()
             # The kind is given up until the next sweep. The others go on.
             self._note_failure("upkeep failed", kind=kind)
             return False
@@ -213,9 +212,8 @@ class Sweep:
             written, more = await process_due_lots(
                 self._database, self.organization_id, kind, at=self._at, limit=size, skipped=skipped
             )
-        except DatabaseUnavailable:
-            raise
         except Exception:
+            await self._require_database()
             if size > 1:
                 self._sizes[kind] = size // 2
                 return True
@@ -252,9 +250,8 @@ class Sweep:
         program_id, carrier = self._programs.popleft()
         try:
             batch = await end_due_holds(self._database, self.organization_id, program_id, until=until, carrier=carrier)
-        except DatabaseUnavailable:
-            raise
         except Exception:
+            await self._require_database()
             self._note_failure("holds cannot be ended", program_id=program_id)
         else:
             self._swept += Swept(holds_ended=batch.ended)
@@ -264,11 +261,13 @@ class Sweep:
 
     async def _programs_with_ends(self, until: datetime) -> deque[tuple[UUID, HoldCarrier]]:
         async with self._database.transaction(self.organization_id) as tx:
-            return deque(
-                (program_id, carrier)
-                for carrier in ALL
-                for program_id, _ in await programs_with_ends(tx, until, (carrier,))
-            )
+            found = {carrier: await programs_with_ends(tx, until, (carrier,)) for carrier in ALL}
+        return deque((program_id, carrier) for carrier, programs in found.items() for program_id, _ in programs)
+
+    async def _require_database(self) -> None:
+        """Raise DatabaseUnavailable unless Postgres answers: then what went wrong, be it a lock, is about the batch."""
+        async with self._database.transaction(self.organization_id) as tx:
+            await tx.execute("select 1")
 
     def _note_failure(self, message: str, **about: object) -> None:
         self._swept += Swept(failed=1)

@@ -3,6 +3,7 @@
 from benchmarks.case import Case
 from benchmarks.cases import (
     adjust,
+    balance_read,
     batch,
     chain_lock,
     counters,
@@ -32,5 +33,6 @@ CASES: tuple[Case, ...] = (
     postgres_ceiling.CASE,
     workflow_per_event.CASE,
     parallel_programs.CASE,
+    balance_read.CASE,
     growth.CASE,
 )

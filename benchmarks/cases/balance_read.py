@@ -1,7 +1,7 @@
 """Reading a balance on a short account and on a long one: what it costs must not depend on the history.
 
 The history is written in this process, in bulk, through the ledger's own write path: one entry is one posting of the
-account, and each credit makes a lot. What is measured is the answer over HTTP, one request at a time.
+account, and every tenth is a credit that makes a lot. What is measured is the answer over HTTP, one request at a time.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from db.session import Database, Transaction
 from domain.clock import system_clock
 from domain.ids import new_id
 from domain.ledger import movements
+from domain.ledger.holdings import load_lots
 from domain.ledger.journal import load_accounts, write
 from domain.ledger.movements import Cause, Position
 from domain.locks import lock_participants
@@ -25,9 +26,12 @@ from domain.locks import lock_participants
 READS = 300
 ENTRIES_PER_TRANSACTION = 500
 SHORT_POSTINGS = 1_000
-# --quick takes the share of it that its batch is of the headline's.
-LONG_POSTINGS_PER_BATCH_EVENT = 50
+# 200,000 at the headline's sizes.
+LONG_POSTINGS_PER_BATCH_EVENT = 10
 POSTINGS_PER_LOT = 10
+# Nearly all lots stay as they are.
+CREDIT = Decimal(1_000)
+DEBIT = Decimal(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,5 +75,26 @@ async def _fill(bench: Bench, program: BenchProgram, participant_id: UUID, posti
 
 
 async def _write_entries(tx: Transaction, account: _Account, numbers: range) -> None:
-    """One entry per number: a credit with a lot of its own, followed by moves between AVAILABLE and HELD and back."""
-    raise NotImplementedError
+    """One entry per number: now and then a credit with a lot of its own, otherwise a small debit."""
+    position = account.position
+    await lock_participants(tx, [position.holder_id])
+    books = await load_accounts(tx, [position.holder_id], [position.asset_id])
+    await load_lots(tx, books.lots, position.select("AVAILABLE", tx.now), DEBIT * len(numbers))
+    source = books.system("SYSTEM_ISSUANCE", position.asset_id)
+    for number in numbers:
+        cause = Cause(new_id(), account.program_id, tx.now, "benchmark")
+        if number % POSTINGS_PER_LOT == 0:
+            movements.credit(books, position, cause, CREDIT, source)
+        else:
+            movements.debit(books, position, cause, DEBIT, allow_negative=False)
+    await write(tx, books)
+
+
+CASE = Case(
+    "balance_read",
+    "A balance on a short and on a long account",
+    ("balance_read_ms_short", "balance_read_ms_long"),
+    run,
+    needs_servers=True,
+    is_full=True,
+)

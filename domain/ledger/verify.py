@@ -163,6 +163,8 @@ order by r.id
 _LOTS: LiteralString = _CHANGED.format(table="lot", bucket="r.status")
 _HOLDS: LiteralString = _CHANGED.format(table="hold", bucket="'HELD'")
 
+_BEFORE_ALL = UUID(int=0)
+"""Where pages in the order of ids begin."""
 _HOLDERS = ("PARTICIPANT", "GROUP")
 _OPEN = ("DEFERRED", "AVAILABLE", "HELD", "ACTIVE")
 """The statuses of lots and holds of which something remains."""
@@ -196,10 +198,10 @@ class Walk:
     first_invalid_entry_id: UUID | None = None
     problem: str | None = None
     finished: bool = False
-    last_posting: tuple[UUID, int] = (UUID(int=0), -1)
+    last_posting: tuple[UUID, int] = (_BEFORE_ALL, -1)
     """How far the search for postings without an entry has come, after the chain."""
     stage: Stage = "POSTINGS"
-    last_id: UUID = UUID(int=0)
+    last_id: UUID = _BEFORE_ALL
     """How far the stage has come through accounts, lots or holds, in the order of their ids."""
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_bytes="hex", val_json_bytes="hex")
 
@@ -437,7 +439,7 @@ async def _next_rows(tx: Transaction, walk: Walk, query: LiteralString, *, then:
     params = {"organization_id": tx.organization_id, "after": walk.last_id, "rows": limits.VERIFY_PAGE}
     rows = await (await tx.execute(query, params)).fetchall()
     if len(rows) < limits.VERIFY_PAGE:
-        walk.stage, walk.last_id = then, UUID(int=0)
+        walk.stage, walk.last_id = then, _BEFORE_ALL
     else:
         walk.last_id = rows[-1][0]
     return rows

@@ -1,6 +1,7 @@
 """Balance operations over HTTP. Contract: holders.md 4.3, 6.2 and 6.3; basics.md 2 and 8."""
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -12,7 +13,10 @@ from domain.ids import new_id
 from tests.api.calls import problem, wrong_fields
 from tests.builders import Shop, make_group, open_shop
 from tests.conftest import Tenant
+from tests.due_support import timed_hold
+from tests.holdings_support import Desk
 from tests.ledger_invariants import assert_ledger_invariants
+from workflows.gateway import Gateway
 
 
 @pytest.fixture
@@ -50,6 +54,21 @@ async def test_a_credit_shows_the_balance_after_it(client: httpx.AsyncClient, sh
         "program_id": str(shop.program_id),
         "type": "CREDIT",
     }
+
+
+async def test_a_debit_of_held_tells_the_workflow_of_a_hold_that_it_settles(
+    client: httpx.AsyncClient, database: Database, organization: Tenant, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[UUID] = []
+    monkeypatch.setattr(Gateway, "tell_holds_ended", lambda _, hold_ids: told.extend(hold_ids))
+    desk = Desk.of(database, organization.id, shop)
+    await desk.credit("10")
+    hold_id = await timed_hold(desk, "10", database.clock() + timedelta(days=1), carrier="WORKFLOW")
+
+    answer = await client.post(path(shop.alice), json=an_adjust(shop, type="DEBIT", bucket="HELD"))
+
+    assert answer.status_code == 200
+    assert told == [hold_id]
 
 
 @pytest.mark.parametrize(

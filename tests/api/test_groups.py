@@ -422,6 +422,33 @@ async def test_balances_are_totals_per_asset(
     assert (await client.get(path)).json() == envelope
 
 
+async def test_balances_are_shown_as_of_an_instant(client: httpx.AsyncClient, clock: SettableClock) -> None:
+    clock.set("2030-01-01T12:00:00Z")
+    program_id, elsewhere = (await new_program(client))["id"], (await new_program(client))["id"]
+    asset_id = (await new_asset(client, program_id))["id"]
+    path = f"/groups/{(await new_group(client))['id']}/balances"
+
+    async def credit(amount: str) -> None:
+        body = {"program_id": program_id, "asset_id": asset_id, "type": "CREDIT", "amount": amount, "description": "x"}
+        assert (await client.post(f"{path}/adjust", json=body)).status_code == 200
+
+    async def shown(**params: str) -> dict[str, str]:
+        answer = await client.get(path, params=params)
+        return {row["asset_id"]: row["balance"] for row in answer.json()["data"]}
+
+    await credit("10")
+    clock.advance(hours=1)
+    await credit("5")
+
+    assert await shown() == {asset_id: "15.00"}
+    assert await shown(as_of="2030-01-01T12:30:00Z") == {asset_id: "10.00"}
+    assert await shown(as_of="2030-01-01T12:30:00Z", program_id=program_id) == {asset_id: "10.00"}
+    assert await shown(as_of="2030-01-01T12:30:00Z", program_id=elsewhere) == {}
+    assert await shown(as_of="2030-01-01T11:59:59Z") == {}
+    assert await shown(as_of="2031-01-01T00:00:00Z") == {asset_id: "15.00"}
+    assert wrong_fields(await client.get(path, params={"as_of": "noon"})) == {"as_of": "invalid"}
+
+
 async def test_a_group_can_be_a_redemption_target(client: httpx.AsyncClient, other_client: httpx.AsyncClient) -> None:
     path = f"/programs/{(await new_program(client))['id']}"
     group_id = (await new_group(client))["id"]

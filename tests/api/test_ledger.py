@@ -15,7 +15,7 @@ from db.tables import Participant
 from domain.ids import new_id
 from domain.money import format_plain
 from tests.builders import Shop, open_shop
-from tests.conftest import Tenant
+from tests.conftest import SettableClock, Tenant
 from tests.servers import Postgres
 
 
@@ -195,6 +195,21 @@ async def test_the_integrity_report_attests_the_newest_entries(client: httpx.Asy
     assert report["valid"] is True
     assert (report["checked_from_sequence"], report["checked_to_sequence"], report["entries_checked"]) == (4, 5, 2)
     assert (report["head_sequence"], report["head_hash"]) == (5, newest["entry_hash"])
+
+
+async def test_the_integrity_report_of_an_instant_ends_at_its_newest_entry(
+    client: httpx.AsyncClient, shop: Shop, clock: SettableClock
+) -> None:
+    clock.set("2030-01-01T12:00:00Z")
+    await credit(client, shop)
+    await credit(client, shop)
+    clock.advance(hours=1)
+    await credit(client, shop)
+
+    report = (await client.get("/reports/integrity", params={"as_of": "2030-01-01T12:30:00Z"})).json()
+
+    assert (report["valid"], report["checked_to_sequence"], report["head_sequence"]) == (True, 2, 3)
+    assert (await client.get("/reports/integrity", params={"as_of": "noon"})).json()["details"]["field"] == "as_of"
 
 
 @pytest.mark.parametrize("window", ["0", "10001", "-1", "1.5", "all", ""])

@@ -232,7 +232,8 @@ async def test_a_programs_total_reads_only_the_groups_postings(
     owner.execute("analyze posting, journal_entry, account, asset")
 
     async with database.transaction(organization.id) as tx:
-        params = {"organization_id": tx.organization_id, "entity_id": small, "program_id": shop.program_id}
+        holder = {"entity_id": small, "program_id": shop.program_id}
+        params = {"organization_id": tx.organization_id, **holder, "sequence": None}
         explained: Any = f"explain (analyze, costs off, timing off) {_PROGRAM_TOTALS}"
         lines = [line for (line,) in await (await tx.execute(explained, params)).fetchall()]
 

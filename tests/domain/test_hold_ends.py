@@ -1,6 +1,8 @@
 """Ends of holds: once, by whoever comes first, whatever else has become of the holder. Contract: holders.md 6.8."""
 
 import asyncio
+import contextlib
+import re
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,7 +18,10 @@ from domain.balances import Holder
 from domain.errors import Refusal
 from domain.faults import InjectedFault
 from domain.hold_ends import (
+    _DUE,
+    _NEXT_END,
     _PROGRAMS_WITH_ENDS,
+    CLOCK_SKEW,
     HoldState,
     carried_holds,
     end_due_holds,
@@ -105,14 +110,26 @@ async def test_nothing_ends_early_and_nothing_ends_twice(desk: Desk, clock: Sett
     assert await desk.entries() == before
 
 
-async def test_a_step_that_is_told_its_instant_does_not_wait_for_the_clock(desk: Desk) -> None:
-    """Server time and the injected clock can't disagree: the later of the two counts."""
+async def test_a_step_that_is_told_its_instant_does_not_wait_for_the_clock(desk: Desk, clock: SettableClock) -> None:
+    """Server time and the injected clock can't disagree by seconds: the later of the two counts."""
     hold_id = await timed_hold(desk, "30", ONE_O_CLOCK)
+    clock.set(ONE_O_CLOCK - CLOCK_SKEW)
 
     async with desk.database.transaction(desk.organization_id) as tx:
         assert await end_hold(tx, hold_id, order=None) == HoldState("ACTIVE", ONE_O_CLOCK)
     async with desk.database.transaction(desk.organization_id) as tx:
         assert await end_hold(tx, hold_id, order=None, at=ONE_O_CLOCK) == HoldState("EXPIRED", ONE_O_CLOCK)
+
+
+async def test_a_step_that_comes_long_before_its_time_ends_nothing(desk: Desk, clock: SettableClock) -> None:
+    """A timer that fires early. Who asks for a program's next end is told to come back, not at once."""
+    hold_id = await timed_hold(desk, "30", ONE_O_CLOCK)
+    clock.set(ONE_O_CLOCK - CLOCK_SKEW - timedelta(microseconds=1))
+
+    async with desk.database.transaction(desk.organization_id) as tx:
+        assert await end_hold(tx, hold_id, order=None, at=ONE_O_CLOCK) == HoldState("ACTIVE", ONE_O_CLOCK)
+    report = await end_due_holds(desk.database, desk.organization_id, desk.program_id, at=ONE_O_CLOCK)
+    assert (report.ended, report.more, report.next_end) == (0, False, ONE_O_CLOCK + CLOCK_SKEW)
 
 
 async def test_ends_come_in_batches_the_longest_overdue_first(desk: Desk, clock: SettableClock) -> None:
@@ -284,4 +301,54 @@ async def test_programs_with_ends_are_found_by_one_probe_each(desk: Desk) -> Non
     at = next(number for number, line in enumerate(lines) if "using hold_end_idx" in line)
     assert any("Limit" in line for line in lines[:at])
     assert "program_id = p.id" in lines[at + 1]
+    assert "carrier = c.carrier" in lines[at + 1]
     assert "expires_at <=" in lines[at + 1]
+
+
+@pytest.mark.parametrize("carrier", ["WORKFLOW", "PROGRAM"])
+async def test_holds_of_other_carriers_are_not_read(desk: Desk, carrier: str) -> None:
+    """Twenty thousand of the other carrier come to their end before the few of this one."""
+    other = {"WORKFLOW": "PROGRAM", "PROGRAM": "WORKFLOW"}[carrier]
+    due = {"organization_id": desk.organization_id, "until": ONE_O_CLOCK, "carriers": [carrier]}
+    probe = (desk.organization_id, desk.program_id, ONE_O_CLOCK, carrier)
+    plans = []
+    with contextlib.suppress(_Undone):
+        async with desk.database.transaction(desk.organization_id) as tx:
+            assert (await tx.row("select current_user = 'scrip_app' as is_app")) == {"is_app": True}
+            for kind, count, end in ((other, 20_000, NOON), (carrier, 5, ONE_O_CLOCK)):
+                params = {**vars(desk), "holder": desk.holder.id, "now": NOON}
+                await tx.execute(_MANY_HOLDS, {**params, "carrier": kind, "count": count, "end": end})
+            for statement, values in ((_DUE, (*probe, 200)), (_NEXT_END, probe), (_PROGRAMS_WITH_ENDS, due)):
+                lines = await tx.execute("explain (analyze, timing off) " + statement, values)
+                plans.append([line for (line,) in await lines.fetchall()])
+            raise _Undone
+
+    for plan in plans:
+        assert not any("Seq Scan on hold" in line for line in plan), plan
+        assert rows_read(plan) <= 5, plan
+
+
+def rows_read(plan: list[str]) -> float:
+    """How many rows the scans of holds of this plan gave or filtered out."""
+    read = 0.0
+    for number, line in enumerate(plan):
+        if re.search(r"Scan .*(on hold|hold_end_idx)", line):
+            read += float(re.findall(r"rows=([\d.]+)", line)[-1])
+            read += sum(float(found) for below in plan[number + 1 :] for found in _REMOVED.findall(below))
+    return read
+
+
+_REMOVED = re.compile(r"Rows Removed by .*: (\d+)")
+
+
+class _Undone(Exception):
+    """Rolls a transaction back."""
+
+
+_MANY_HOLDS = """
+insert into hold (organization_id, id, entity_type, entity_id, program_id, asset_id, kind, amount, remaining, status,
+                  expires_at, on_expiry, carrier, entry_id, created_at, updated_at)
+select %(organization_id)s, gen_random_uuid(), 'PARTICIPANT', %(holder)s, %(program_id)s, %(asset_id)s, 'OWN', 1, 1,
+       'ACTIVE', %(end)s, 'RELEASE', %(carrier)s, gen_random_uuid(), %(now)s, %(now)s
+from generate_series(1, %(count)s) n
+"""

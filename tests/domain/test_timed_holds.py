@@ -37,8 +37,7 @@ async def prepared(desk: Desk, wait_s: float = 60, **fields: Any) -> Reservation
         asset_id=desk.asset_id,
         description="Card authorization",
         amount="30",
-        expires_in=timedelta(hours=1),
-        **fields,
+        **{"expires_in": timedelta(hours=1), **fields},
     )
     async with desk.database.transaction(desk.organization_id) as tx:
         return await timed_holds.prepare(tx, desk.holder, request, wait_s)
@@ -70,6 +69,23 @@ async def test_a_key_names_the_hold_and_without_one_each_is_its_own(desk: Desk) 
 
     assert {reservation.hold_id for reservation in keyed} == {hold_id_of(desk.program_id, "k")}
     assert len({reservation.hold_id for reservation in keyless}) == 2
+
+
+@pytest.mark.parametrize("field", ["expires_in", "expires_at"])
+async def test_a_hold_ends_within_a_hundred_years(desk: Desk, field: str) -> None:
+    """Its workflow sleeps until then."""
+
+    async def prepare(past: timedelta) -> Reservation:
+        ahead = timed_holds.LONGEST + past
+        end: dict[str, Any] = {"expires_in": None, field: ahead}
+        if field == "expires_at":
+            end[field] = desk.database.clock() + ahead
+        return await prepared(desk, **end)
+
+    await prepare(timedelta(minutes=-1))
+    with pytest.raises(Refusal) as refused:
+        await prepare(timedelta(minutes=1))
+    assert (refused.value.code, refused.value.problems[0].field) == ("bad_request", field)
 
 
 @pytest.mark.parametrize("key", ["k", None])

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from typing import Any
@@ -11,13 +12,15 @@ import pytest
 from sqlalchemy import update
 from sqlmodel import col
 
-from db.session import Database
+from db.session import Database, DatabaseUnavailable
 from db.tables import Asset, Participant
 from domain import faults
 from domain.balances import Holder
 from domain.errors import Refusal
 from domain.faults import InjectedFault
-from domain.upkeep import _DUE, DueKind, Swept, find_drift, process_due_lots, repair, sweep
+from domain.hold_ends import CLOCK_SKEW
+from domain.ledger import movements
+from domain.upkeep import _DUE, DueKind, Sweep, Swept, find_drift, process_due_lots, repair, sweep
 from tests.builders import d, make_group, make_participant, open_shop
 from tests.conftest import SettableClock, Tenant
 from tests.due_support import entries_of, timed_hold
@@ -223,11 +226,93 @@ async def test_spending_and_expiry_that_race_never_take_the_same_value(desk: Des
     assert await desk.buckets() == ("0", "0", "0")
 
 
-async def test_a_sweep_that_is_told_its_instant_does_not_wait_for_the_clock(desk: Desk) -> None:
+async def test_a_sweep_that_is_told_its_instant_does_not_wait_for_the_clock(desk: Desk, clock: SettableClock) -> None:
+    """Unless it is far ahead of the clock."""
     await desk.grant("10", matures_at=ONE_O_CLOCK)
 
     assert await run(desk, at=NOON - timedelta(hours=1)) == Swept()
+    assert await run(desk, at=ONE_O_CLOCK) == Swept()
+    clock.set(ONE_O_CLOCK - CLOCK_SKEW)
     assert await run(desk, at=ONE_O_CLOCK) == Swept(matured=1)
+
+
+async def test_the_kinds_take_turns_a_batch_each(
+    desk: Desk, clock: SettableClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backlog of one kind doesn't keep the others waiting."""
+    monkeypatch.setattr("domain.limits.DUE_LOTS", 2)
+    await desk.credit("1")
+    await timed_hold(desk, "1", ONE_O_CLOCK)
+    for _ in range(7):
+        await desk.grant("1", matures_at=ONE_O_CLOCK)
+        await desk.grant("1", expires_at=ONE_O_CLOCK)
+    clock.set(ONE_O_CLOCK)
+    work = Sweep(desk.database, desk.organization_id)
+
+    assert await work.go_on(2) == (Swept(matured=2, expired=2), False)
+    assert await work.go_on(2) == (Swept(matured=2, expired=2, holds_ended=1), False)
+    assert await work.go_on() == (Swept(matured=3, expired=3), True)
+
+
+async def test_a_lot_that_cannot_be_processed_is_skipped_and_reported(
+    desk: Desk, clock: SettableClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All others are processed, of its kind and of the rest; the next sweep tries it again."""
+    await desk.credit("3")
+    await timed_hold(desk, "3", ONE_O_CLOCK)
+    for _ in range(20):
+        await desk.grant("1", expires_at=ONE_O_CLOCK)
+        await desk.grant("2", matures_at=ONE_O_CLOCK)
+    lots = [lot["id"] for lot in await desk.lot_rows() if lot["expires_at"] and lot["status"] == "AVAILABLE"]
+    poison = {lots[0], lots[7], lots[19]}
+    expire = movements.expire
+
+    def fails_for_some(books: Any, position: Any, lot: Any, now: datetime) -> Any:
+        if lot.id in poison:
+            raise ValueError("something about this lot")
+        return expire(books, position, lot, now)
+
+    monkeypatch.setattr(movements, "expire", fails_for_some)
+    clock.set(ONE_O_CLOCK)
+
+    with caplog.at_level(logging.ERROR, "scrip.upkeep"):
+        assert await run(desk) == Swept(matured=20, expired=17, holds_ended=1, failed=3)
+    assert {lot_id for lot_id in poison if str(lot_id) in caplog.text} == poison
+    assert await run(desk) == Swept(failed=3)
+    monkeypatch.setattr(movements, "expire", expire)
+    assert await run(desk) == Swept(expired=3)
+
+
+async def test_a_kind_that_fails_throughout_does_not_stop_the_others(
+    desk: Desk, clock: SettableClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given up after a few lots: it isn't about them."""
+    monkeypatch.setattr("domain.upkeep.SKIPPED_LOTS", 2)
+    await desk.credit("3")
+    await timed_hold(desk, "3", ONE_O_CLOCK)
+    for _ in range(5):
+        await desk.grant("1", expires_at=ONE_O_CLOCK)
+        await desk.grant("1", matures_at=ONE_O_CLOCK)
+
+    def fails(*_: Any) -> None:
+        raise ValueError("something about all of them")
+
+    monkeypatch.setattr(movements, "mature", fails)
+    clock.set(ONE_O_CLOCK)
+
+    assert await run(desk) == Swept(expired=5, holds_ended=1, failed=3)
+
+
+async def test_a_database_that_is_away_is_nobodys_fault(desk: Desk, clock: SettableClock) -> None:
+    await desk.grant("1", expires_at=ONE_O_CLOCK)
+    clock.set(ONE_O_CLOCK)
+    away = Database("postgresql://nobody@127.0.0.1:1/none", size=1, timeout_s=0.1, clock=clock)
+    await away.open()
+    try:
+        with pytest.raises(DatabaseUnavailable):
+            await sweep(away, desk.organization_id)
+    finally:
+        await away.close()
 
 
 async def test_a_sweep_stops_when_its_time_is_over_and_says_so(desk: Desk, clock: SettableClock) -> None:
@@ -308,7 +393,7 @@ async def test_what_is_due_is_found_by_its_index(desk: Desk, kind: DueKind, inde
     with contextlib.suppress(_Undone):
         async with desk.database.transaction(desk.organization_id) as tx:
             await tx.execute(_MANY_LOTS, {**vars(desk), "holder": desk.holder.id, "now": NOON, "due": ONE_O_CLOCK})
-            lines = await tx.execute("explain " + _DUE[kind], (desk.organization_id, NOON, 250))
+            lines = await tx.execute("explain " + _DUE[kind], (desk.organization_id, NOON, [], 250))
             plan = "\n".join(line for (line,) in await lines.fetchall())
             raise _Undone
 

@@ -47,6 +47,7 @@ from workflows.hold_ends import HoldEnds, HoldEndsInput
 ORGANIZATION_ID = UUID("01980000-0000-7000-8000-000000000001")
 PROGRAM_ID = UUID("01980000-0000-7000-8000-000000000002")
 WEEK = timedelta(days=7)
+SEVENTY_DAYS = timedelta(days=70)
 
 
 @dataclass
@@ -322,6 +323,13 @@ async def _found_again(env: WorkflowEnvironment) -> Played:
         return await ended(bank, await bank.start())
 
 
+async def _far_off(env: WorkflowEnvironment) -> Played:
+    bank = Bank(env)
+    bank.state = await bank.until(SEVENTY_DAYS)
+    async with serving(env, bank):
+        return await ended(bank, await bank.start())
+
+
 async def _continued(env: WorkflowEnvironment) -> Played:
     """The server suggests a new run while the hold waits; what is kept is the first run's history."""
     bank = Bank(env)
@@ -393,6 +401,7 @@ SCENARIOS: dict[str, Callable[[WorkflowEnvironment], Awaitable[Played]]] = {
     "holds_once_when_asked_twice": _asked_twice,
     "holds_nothing_without_a_reservation": _nothing_there,
     "holds_on_after_its_workflow_was_lost": _found_again,
+    "holds_for_long_and_looks_now_and_then": _far_off,
     "holds_on_in_a_new_run": _continued,
     "ends_holds_and_is_gone_after_an_idle_minute": lambda env: _carrying(env),
     "ends_holds_when_they_fall_due": lambda env: _carrying(env, timedelta(seconds=30), timedelta(hours=36)),

@@ -39,6 +39,7 @@ async def env() -> AsyncIterator[WorkflowEnvironment]:
         ("holds_once_when_asked_twice", ["reserve", "reserve", "end"], COMPLETED, "EXPIRED"),
         ("holds_nothing_without_a_reservation", ["find"], COMPLETED, "NONE"),
         ("holds_on_after_its_workflow_was_lost", ["find", "end"], COMPLETED, "EXPIRED"),
+        ("holds_for_long_and_looks_now_and_then", ["find", "find", "find", "end"], COMPLETED, "EXPIRED"),
     ],
 )
 @pytest.mark.parametrize("cached", [True, False], ids=["", "evicted at every step"])
@@ -64,6 +65,12 @@ async def test_a_hold_ends_when_it_is_due_and_not_before(env: WorkflowEnvironmen
     played = await SCENARIOS["holds_until_due"](env)
 
     assert played.bank.seconds() == [0, WEEK_S]
+
+
+async def test_a_hold_sleeps_thirty_days_at_most(env: WorkflowEnvironment) -> None:
+    played = await SCENARIOS["holds_for_long_and_looks_now_and_then"](env)
+
+    assert [round(second / 86_400) for second in played.bank.seconds()] == [0, 30, 60, 70]
 
 
 async def test_a_refusal_reaches_the_caller_as_it_was(env: WorkflowEnvironment) -> None:

@@ -212,9 +212,6 @@ class TestWithAWorker:
         assert await temporal.get_workflow_handle(hold.workflow_id(hold_id)).result() == "RELEASED"
         assert await desk.entries("RELEASE") == 1
 
-    @pytest.mark.parametrize(
-        ("signal", "status", "available"), [("release", "RELEASED", "100"), ("forfeit", "FORFEITED", "70")]
-    )
     async def test_a_debit_of_held_that_settles_a_hold_ends_its_workflow(
         self, client: httpx.AsyncClient, shop: Shop, desk: Desk, temporal: Client
     ) -> None:
@@ -228,6 +225,9 @@ class TestWithAWorker:
         assert await temporal.get_workflow_handle(hold.workflow_id(hold_id)).result() == "SETTLED"
         assert await desk.buckets() == ("70", "0", "0")
 
+    @pytest.mark.parametrize(
+        ("signal", "status", "available"), [("release", "RELEASED", "100"), ("forfeit", "FORFEITED", "70")]
+    )
     async def test_an_operator_ends_a_hold_by_a_signal(
         self,
         client: httpx.AsyncClient,

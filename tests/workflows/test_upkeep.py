@@ -105,6 +105,8 @@ async def test_a_sweep_reaches_every_organization(
         await one.grant("10", expires_at=ONE_O_CLOCK)
         await one.grant("20", matures_at=ONE_O_CLOCK)
 
+    clock.set(ONE_O_CLOCK - timedelta(seconds=30))
+
     report = await step(upkeep.sweep, UpkeepRequest(None, due=ONE_O_CLOCK))
 
     assert report.finished
@@ -121,23 +123,109 @@ async def test_an_organization_that_goes_wrong_does_not_keep_others_waiting(
     new_organization()
     await desk.grant("10", expires_at=ONE_O_CLOCK)
     clock.set(ONE_O_CLOCK)
-    sweep = domain.sweep
+    process_due_lots = domain.process_due_lots
     broken: list[UUID] = []
 
-    async def fails_for_the_first(database: Database, organization_id: UUID, **how: Any) -> Any:
-        if not broken and organization_id != desk.organization_id:
+    async def fails_for_others(database: Database, organization_id: UUID, *about: Any, **how: Any) -> Any:
+        if organization_id != desk.organization_id:
             broken.append(organization_id)
             raise ValueError("something about its data")
-        return await sweep(database, organization_id, **how)
+        return await process_due_lots(database, organization_id, *about, **how)
 
-    monkeypatch.setattr(domain, "sweep", fails_for_the_first)
+    monkeypatch.setattr(domain, "process_due_lots", fails_for_others)
 
     report = await step(upkeep.sweep, UpkeepRequest(None))
 
     assert report.finished
     assert broken
-    assert report.failed >= 1
+    assert report.failed == len(set(broken))
+    assert report.counts["failures"] == 2 * report.failed, "both kinds of each"
     assert await desk.buckets() == ("0", "0", "0")
+
+
+async def test_organizations_take_turns_a_slice_each(
+    upkeep: UpkeepActivities,
+    database: Database,
+    desk: Desk,
+    new_organization: Callable[[], Tenant],
+    clock: SettableClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The backlog of one doesn't keep the others waiting."""
+    other = new_organization()
+    theirs = Desk.of(database, other.id, await open_shop(database, other.id, inventory_mode="LOT"))
+    await theirs.grant("1", expires_at=ONE_O_CLOCK)
+    for _ in range(6):
+        await desk.grant("1", expires_at=ONE_O_CLOCK)
+    clock.set(ONE_O_CLOCK)
+    monkeypatch.setattr("domain.limits.DUE_LOTS", 2)
+    monkeypatch.setattr(domain.Sweep.go_on, "__defaults__", (1,))
+    turns: list[UUID] = []
+    process_due_lots = domain.process_due_lots
+
+    async def seen(database: Database, organization_id: UUID, kind: str, **how: Any) -> tuple[int, bool]:
+        written, more = await process_due_lots(database, organization_id, kind, **how)  # type: ignore[arg-type]
+        if written:
+            turns.append(organization_id)
+        return written, more
+
+    monkeypatch.setattr(domain, "process_due_lots", seen)
+
+    report = await step(upkeep.sweep, UpkeepRequest(None))
+
+    assert report.finished
+    ours = [turn for turn in turns if turn in (desk.organization_id, other.id)]
+    assert sorted(ours[:2]) == sorted([desk.organization_id, other.id])
+    assert ours[2:] == [desk.organization_id] * 2
+
+
+async def test_a_backlog_that_outlasts_the_step_is_for_another_round(
+    upkeep: UpkeepActivities, desk: Desk, clock: SettableClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first organization on: all get a slice again."""
+    for _ in range(3):
+        await desk.grant("1", expires_at=ONE_O_CLOCK)
+    clock.set(ONE_O_CLOCK)
+    monkeypatch.setattr("domain.limits.DUE_LOTS", 1)
+    monkeypatch.setattr(domain.Sweep.go_on, "__defaults__", (1,))
+    pages, over = iter([[desk.organization_id], []]), iter([False, False])
+
+    async def next_page(*_: Any) -> list[UUID]:
+        return next(pages)
+
+    monkeypatch.setattr("activities.upkeep.organizations_after", next_page)
+    monkeypatch.setattr("activities.upkeep._Span.is_over", lambda _: next(over, True))
+
+    report = await step(upkeep.sweep, UpkeepRequest(None))
+
+    assert (report.after, report.finished, report.organizations) == (None, False, 0)
+    assert report.counts["expired"] == 1
+
+
+async def test_a_step_that_is_cancelled_stops_after_the_batch_under_way(
+    upkeep: UpkeepActivities, new_organization: Callable[[], Tenant]
+) -> None:
+    new_organization()
+    new_organization()
+    environment = ActivityEnvironment()
+    environment.cancel()
+
+    report = await asyncio.to_thread(environment.run, upkeep.sweep, UpkeepRequest(None))
+
+    assert (report.finished, report.organizations) == (False, 1)
+
+
+async def test_a_worker_that_shuts_down_is_not_kept_waiting(
+    upkeep: UpkeepActivities, new_organization: Callable[[], Tenant]
+) -> None:
+    new_organization()
+    new_organization()
+    environment = ActivityEnvironment()
+    environment.worker_shutdown()
+
+    report = await asyncio.to_thread(environment.run, upkeep.sweep, UpkeepRequest(None))
+
+    assert (report.finished, report.organizations) == (False, 1)
 
 
 async def test_a_sweep_ends_holds_that_are_overdue(upkeep: UpkeepActivities, desk: Desk, clock: SettableClock) -> None:

@@ -76,6 +76,26 @@ async def test_entries_that_touch_no_system_account_are_read_again(desk: Desk) -
     assert await balances(desk) == (d("-10"), d("1"))
 
 
+async def test_a_full_span_that_touches_no_system_account_is_left_behind(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the passes would stand still before it for ever."""
+    await desk.credit("10")
+    await checkpoint(desk)
+    for _ in range(7):
+        await desk.hold("1")
+    await desk.debit("1")
+    monkeypatch.setattr("domain.limits.CHECKPOINT_SPAN", 3)
+
+    passes = []
+    for _ in range(3):
+        async with desk.database.transaction(desk.organization_id) as tx:
+            passes.append(await append_checkpoints(tx, min_entries=1))
+
+    assert [(done.written, done.until, done.more) for done in passes] == [(1, 4, True), (1, 7, True), (1, 9, False)]
+    assert await balances(desk) == (d("-10"), d("1"))
+
+
 async def test_a_pass_waits_until_it_is_worth_it(desk: Desk) -> None:
     for _ in range(3):
         await desk.credit("1")

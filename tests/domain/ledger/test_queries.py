@@ -264,7 +264,7 @@ async def test_a_page_for_rare_entries_looks_at_a_bounded_number_and_says_where_
     rare = {"action_type": "HOLD", "program_id": shop.program_id}
     for wanted in (rare, {"bucket": "HELD"}, {"min_amount": d("4"), "max_amount": d("5")}):
         async with database.transaction(organization.id) as tx:
-            page = await queries.list_entries(tx, EntryFilter(**wanted), PageRequest(1))  # type: ignore[arg-type]
+            page = await queries.list_entries(tx, EntryFilter(**wanted), PageRequest(1))
         assert (page.items, page.has_more) == ([], True)
         assert await find(limit=1, **wanted) == [2]
     assert await find(limit=1, asset_id=shop.asset_id) == list(range(9, 0, -1))
