@@ -36,6 +36,7 @@ class Servers:
 
     organization_id: UUID
     owner_database_url: str
+    application_database_url: str
     temporal_address: str
     processes: Watched
 
@@ -104,7 +105,11 @@ def _serve(home: Path, process: subprocess.Popen[bytes]) -> Iterator[System]:
     try:
         system = attach(facts["api_url"], facts["api_key"])
         servers = Servers(
-            UUID(facts["organization_id"]), where["owner_database_url"], facts["temporal_address"], processes
+            UUID(facts["organization_id"]),
+            where["owner_database_url"],
+            facts["database_url"],
+            facts["temporal_address"],
+            processes,
         )
         yield System(system.endpoint, servers)
     finally:

@@ -139,13 +139,20 @@ async def process_due_lots(
         await lock_holders(tx, {(entity_type, entity_id) for _, entity_type, entity_id, _ in found})
         books = await load_accounts(tx, {row[2] for row in found}, {row[3] for row in found})
         lots = await load_lots_by_id(tx, books.lots, [row[0] for row in found])
-        for lot in sorted(lots):
+        # What fell due first comes first: it decides which lot repays an overdraft.
+        for lot in sorted(lots, key=lambda lot: (_due_at(lot, kind), lot.created_at, lot.id)):
             _process(books, lot, kind, now)
         written = len(books.entries)
         await write(tx, books)
         return written, len(found) == limit
 
     return await database.repeat(organization_id, work)
+
+
+def _due_at(lot: Lot, kind: DueKind) -> datetime:
+    due_at = lot.matures_at if kind == "MATURITY" else lot.expires_at
+    assert due_at is not None, "it was found by that instant"
+    return due_at
 
 
 class Sweep:
