@@ -81,9 +81,9 @@ def build_worker(client: Client, settings: Settings, clock: Clock, executor: Thr
     url = settings.database_url.get_secret_value()
     databases = ThreadDatabases(url, clock)
     events = EventActivities(databases, RetryPolicy(settings.max_attempts, settings.retry_schedule_s))
-    ledger = LedgerActivities(url, clock)
-    due_holds = DueHoldActivities(url, clock)
-    upkeep = UpkeepActivities(url, clock)
+    ledger = LedgerActivities(databases)
+    due_holds = DueHoldActivities(databases)
+    upkeep = UpkeepActivities(databases)
     in_threads: list[Any] = [
         events.drain_events,
         events.set_processing_paused,

@@ -1,9 +1,7 @@
 """Activities of holds with an end. Contract: holders.md 6.8; docs/upkeep.md."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -11,9 +9,9 @@ from uuid import UUID
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
+from activities.threads import ThreadDatabases
 from db.session import Database, Transaction
 from domain import limits, timed_holds
-from domain.clock import Clock
 from domain.errors import Refusal
 from domain.hold_ends import HoldState, Order, end_due_holds, end_hold, find_hold
 from domain.timed_holds import Reservation, Reserved
@@ -101,41 +99,28 @@ class HoldActivities:
 
 
 class DueHoldActivities:
-    """Ends of the holds that a program carries. They run in threads, each with a connection and an event loop of its
-    own: a batch is computation, and heartbeats and workflow tasks must go on beside it.
+    """Ends of the holds that a program carries. They run in threads: a batch is computation, and heartbeats and
+    workflow tasks must go on beside it.
     """
 
-    def __init__(self, database_url: str, clock: Clock) -> None:
-        self._database_url = database_url
-        self._clock = clock
+    def __init__(self, databases: ThreadDatabases) -> None:
+        self._databases = databases
 
     # Without this a cancellation is thrown into the thread at any point, also between a write and its commit.
     @activity.defn(name="end_due_holds", no_thread_cancel_exception=True)
     def end_due(self, request: DueHolds) -> DueHoldsReport:
         """End the program's due holds, batch after batch, a transaction each, for ten seconds at most."""
-        return asyncio.run(self._end_due(request, activity.heartbeat))
+        return self._databases.run(lambda database: self._end_due(database, request, activity.heartbeat))
 
-    async def _end_due(self, request: DueHolds, progress: Callable[[int], None]) -> DueHoldsReport:
+    async def _end_due(self, database: Database, request: DueHolds, progress: Callable[[int], None]) -> DueHoldsReport:
         ends_at = time.monotonic() + limits.DRAIN_LIMIT_S
         ended = 0
-        async with connected(self._database_url, self._clock) as database:
-            while True:
-                batch = await end_due_holds(database, request.organization_id, request.program_id, at=request.due)
-                ended += batch.ended
-                progress(ended)
-                if not batch.more or time.monotonic() > ends_at:
-                    return DueHoldsReport(ended, batch.more, batch.next_end)
-
-
-@asynccontextmanager
-async def connected(database_url: str, clock: Clock) -> AsyncIterator[Database]:
-    """A database of one connection, for an activity that runs in a thread."""
-    database = Database(database_url, size=1, timeout_s=10, clock=clock)
-    await database.open()
-    try:
-        yield database
-    finally:
-        await database.close()
+        while True:
+            batch = await end_due_holds(database, request.organization_id, request.program_id, at=request.due)
+            ended += batch.ended
+            progress(ended)
+            if not batch.more or time.monotonic() > ends_at:
+                return DueHoldsReport(ended, batch.more, batch.next_end)
 
 
 def as_application_error(refusal: Refusal) -> ApplicationError:

@@ -1,10 +1,7 @@
 """Activities of background verification. Contract: README.md "Small print"; docs/ledger.md "In the background"."""
 
-import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -12,8 +9,8 @@ from uuid import UUID
 from temporalio import activity
 from temporalio.exceptions import ApplicationError, CancelledError
 
+from activities.threads import ThreadDatabases
 from db.session import Database
-from domain.clock import Clock
 from domain.errors import Refusal
 from domain.ledger import verifications, verify
 from domain.ledger.verify import Walk
@@ -61,21 +58,20 @@ class OrganizationsPage:
 
 
 class LedgerActivities:
-    """The steps of a verification. They run in threads, each with a connection and an event loop of its own: hashing is
-    computation, and heartbeats and workflow tasks must go on beside it.
+    """The steps of a verification. They run in threads: hashing is computation, and heartbeats and workflow tasks must
+    go on beside it.
     """
 
-    def __init__(self, database_url: str, clock: Clock) -> None:
-        self._database_url = database_url
-        self._clock = clock
+    def __init__(self, databases: ThreadDatabases) -> None:
+        self._databases = databases
 
-    @activity.defn
+    @activity.defn(no_thread_cancel_exception=True)
     def begin_verification(self, request: Verification) -> Progress:
         """Record that the verification runs, and fix the head as its target. A repetition takes the head as it is then.
 
         Raises ApplicationError, not to be repeated, for an organization that doesn't exist.
         """
-        return asyncio.run(self._begin(request))
+        return self._databases.run(lambda database: self._begin(database, request))
 
     @activity.defn(no_thread_cancel_exception=True)
     def verify_entries(self, request: Stage) -> Progress:
@@ -84,58 +80,47 @@ class LedgerActivities:
         The outcome is recorded, and a broken ledger logged as an error, with the last page. An attempt that follows
         a lost one goes on where the last heartbeat was.
         """
-        return asyncio.run(self._verify(request))
+        return self._databases.run(lambda database: self._verify(database, request))
 
-    @activity.defn
+    @activity.defn(no_thread_cancel_exception=True)
     def abandon_verification(self, request: Verification) -> None:
         """Record that the verification ends without a result, unless it has one."""
-        asyncio.run(self._abandon(request))
+        self._databases.run(lambda database: self._abandon(database, request))
 
-    @activity.defn
+    @activity.defn(no_thread_cancel_exception=True)
     def list_organizations(self, request: OrganizationsPage) -> list[UUID]:
         """A page of the organizations, in the order of their ids."""
-        return asyncio.run(self._list_organizations(request))
+        return self._databases.run(lambda database: self._list_organizations(database, request))
 
-    async def _begin(self, request: Verification) -> Progress:
-        async with self._connected() as database, database.transaction(request.organization_id) as tx:
+    async def _begin(self, database: Database, request: Verification) -> Progress:
+        async with database.transaction(request.organization_id) as tx:
             try:
                 walk = await verifications.begin(tx, request.verification_id)
             except Refusal as refusal:
                 raise ApplicationError(refusal.message, type=refusal.code, non_retryable=True) from refusal
         return _progress(walk)
 
-    async def _verify(self, request: Stage) -> Progress:
+    async def _verify(self, database: Database, request: Stage) -> Progress:
         heartbeats = activity.info().heartbeat_details
         walk = verify.resume(heartbeats[0] if heartbeats else request.walk)
         ends_at = time.monotonic() + SPAN_S
-        async with self._connected() as database:
-            while not walk.finished and time.monotonic() < ends_at:
-                async with database.transaction(request.organization_id) as tx:
-                    await verify.advance(tx, walk)
-                    await verifications.note(tx, request.verification_id, walk)
-                activity.heartbeat(verify.save(walk))
-                if activity.is_cancelled():
-                    raise CancelledError("cancelled between two pages")
+        while not walk.finished and time.monotonic() < ends_at:
+            async with database.transaction(request.organization_id) as tx:
+                await verify.advance(tx, walk)
+                await verifications.note(tx, request.verification_id, walk)
+            activity.heartbeat(verify.save(walk))
+            if activity.is_cancelled():
+                raise CancelledError("cancelled between two pages")
         if walk.finished and not walk.valid:
             _report(request, walk)
         return _progress(walk)
 
-    async def _abandon(self, request: Verification) -> None:
-        async with self._connected() as database, database.transaction(request.organization_id) as tx:
+    async def _abandon(self, database: Database, request: Verification) -> None:
+        async with database.transaction(request.organization_id) as tx:
             await verifications.abandon(tx, request.verification_id)
 
-    async def _list_organizations(self, request: OrganizationsPage) -> list[UUID]:
-        async with self._connected() as database:
-            return await verifications.organizations_after(database, request.after, request.limit)
-
-    @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[Database]:
-        database = Database(self._database_url, size=1, timeout_s=10, clock=self._clock)
-        await database.open()
-        try:
-            yield database
-        finally:
-            await database.close()
+    async def _list_organizations(self, database: Database, request: OrganizationsPage) -> list[UUID]:
+        return await verifications.organizations_after(database, request.after, request.limit)
 
 
 def _progress(walk: Walk) -> Progress:

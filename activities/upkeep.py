@@ -1,6 +1,5 @@
 """Activities of upkeep: over all organizations, in their order, for half a minute at a time. docs/upkeep.md."""
 
-import asyncio
 import logging
 import time
 from collections import deque
@@ -11,10 +10,9 @@ from uuid import UUID
 
 from temporalio import activity
 
-from activities.holds import connected
+from activities.threads import ThreadDatabases
 from db.session import Database, DatabaseUnavailable
 from domain import limits, upkeep
-from domain.clock import Clock
 from domain.ledger.checkpoints import append_checkpoints
 from domain.ledger.verifications import organizations_after
 
@@ -104,11 +102,10 @@ class _SweepRounds:
 
 
 class UpkeepActivities:
-    """The steps of upkeep. They run in threads, each with a connection and an event loop of its own."""
+    """The steps of upkeep. They run in threads, as they compute."""
 
-    def __init__(self, database_url: str, clock: Clock) -> None:
-        self._database_url = database_url
-        self._clock = clock
+    def __init__(self, databases: ThreadDatabases) -> None:
+        self._databases = databases
 
     # Without this a cancellation is thrown into the thread at any point, also between a write and its commit.
     @activity.defn(name="sweep", no_thread_cancel_exception=True)
@@ -118,20 +115,19 @@ class UpkeepActivities:
         Every organization gets a slice of a few batches. Those with a backlog get their next ones when all others have
         had theirs: in this step while there is time, then in another round from the first organization.
         """
-        return asyncio.run(self._sweep(request))
+        return self._databases.run(lambda database: self._sweep(database, request))
 
-    async def _sweep(self, request: UpkeepRequest) -> UpkeepReport:
+    async def _sweep(self, database: Database, request: UpkeepRequest) -> UpkeepReport:
         span, after = _Span(activity.heartbeat), request.after
         rounds = _SweepRounds(span)
-        async with connected(self._database_url, self._clock) as database:
-            while page := await organizations_after(database, after, limits.ORGANIZATIONS_PER_PAGE):
-                for after in page:
-                    grace = timedelta(seconds=limits.OVERDUE_HOLD_S)
-                    await rounds.take(upkeep.Sweep(database, after, at=request.due, hold_grace=grace))
-                    if span.is_over():
-                        return rounds.report(after, finished=False)
-            while rounds.waiting and not span.is_over():
-                await rounds.take(rounds.waiting.popleft())
+        while page := await organizations_after(database, after, limits.ORGANIZATIONS_PER_PAGE):
+            for after in page:
+                grace = timedelta(seconds=limits.OVERDUE_HOLD_S)
+                await rounds.take(upkeep.Sweep(database, after, at=request.due, hold_grace=grace))
+                if span.is_over():
+                    return rounds.report(after, finished=False)
+        while rounds.waiting and not span.is_over():
+            await rounds.take(rounds.waiting.popleft())
         return rounds.report(None, finished=False) if rounds.waiting else rounds.report(after, finished=True)
 
     @activity.defn(name="maintain", no_thread_cancel_exception=True)
@@ -151,7 +147,7 @@ class UpkeepActivities:
                     return counts, False
             return counts, True
 
-        return asyncio.run(self._for_organizations(request, work))
+        return self._databases.run(lambda database: self._for_organizations(database, request, work))
 
     @activity.defn(name="find_drift", no_thread_cancel_exception=True)
     def find_drift(self, request: UpkeepRequest) -> UpkeepReport:
@@ -161,25 +157,24 @@ class UpkeepActivities:
             drifts = await upkeep.find_drift(database, organization_id, span.progress)
             return {"drifts found": len(drifts)}, True
 
-        return asyncio.run(self._for_organizations(request, work))
+        return self._databases.run(lambda database: self._for_organizations(database, request, work))
 
-    async def _for_organizations(self, request: UpkeepRequest, work: _Work) -> UpkeepReport:
+    async def _for_organizations(self, database: Database, request: UpkeepRequest, work: _Work) -> UpkeepReport:
         span = _Span(activity.heartbeat)
         after, seen, failed = request.after, 0, 0
         counts: dict[str, int] = {}
-        async with connected(self._database_url, self._clock) as database:
-            while page := await organizations_after(database, after, limits.ORGANIZATIONS_PER_PAGE):
-                for organization_id in page:
-                    done, finished = await self._in_one(database, organization_id, span, work)
-                    failed += done is None
-                    for name, count in (done or {}).items():
-                        counts[name] = counts.get(name, 0) + count
-                    if not finished:
-                        return UpkeepReport(after, False, seen, failed, counts)
-                    after, seen = organization_id, seen + 1
-                    span.progress()
-                    if span.is_over():
-                        return UpkeepReport(after, False, seen, failed, counts)
+        while page := await organizations_after(database, after, limits.ORGANIZATIONS_PER_PAGE):
+            for organization_id in page:
+                done, finished = await self._in_one(database, organization_id, span, work)
+                failed += done is None
+                for name, count in (done or {}).items():
+                    counts[name] = counts.get(name, 0) + count
+                if not finished:
+                    return UpkeepReport(after, False, seen, failed, counts)
+                after, seen = organization_id, seen + 1
+                span.progress()
+                if span.is_over():
+                    return UpkeepReport(after, False, seen, failed, counts)
         return UpkeepReport(after, True, seen, failed, counts)
 
     async def _in_one(

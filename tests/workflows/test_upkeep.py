@@ -1,7 +1,8 @@
 """Upkeep as Temporal carries it: its runs, its steps over all organizations, its schedules. docs/upkeep.md."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -11,6 +12,7 @@ import pytest
 from temporalio.client import Client, ScheduleOverlapPolicy
 from temporalio.testing import ActivityEnvironment, WorkflowEnvironment
 
+from activities.threads import ThreadDatabases
 from activities.upkeep import UpkeepActivities, UpkeepReport, UpkeepRequest
 from db.session import Database
 from domain import upkeep as domain
@@ -36,9 +38,15 @@ async def env() -> AsyncIterator[WorkflowEnvironment]:
 
 
 @pytest.fixture
-def upkeep(settings: Settings, shared_clock: SettableClock, monkeypatch: pytest.MonkeyPatch) -> UpkeepActivities:
+def upkeep(
+    settings: Settings, shared_clock: SettableClock, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[UpkeepActivities]:
     monkeypatch.setattr("domain.limits.SWEEP_S", 600.0)
-    return UpkeepActivities(settings.database_url.get_secret_value(), shared_clock)
+    databases = ThreadDatabases(settings.database_url.get_secret_value(), shared_clock)
+    yield UpkeepActivities(databases)
+    closing = threading.Thread(target=databases.close)
+    closing.start()
+    closing.join()
 
 
 @pytest.fixture
