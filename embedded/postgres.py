@@ -48,6 +48,8 @@ SETTINGS = {
     "max_wal_size": "2GB",
     "checkpoint_timeout": "15min",
     "random_page_cost": "1.1",
+    # The queue of events is full of dead entries after a minute; a queue is read from where they lie.
+    "autovacuum_naptime": "10s",
     # Our statements are short; compiling them costs more than it saves.
     "jit": "off",
     "timezone": "UTC",
