@@ -223,7 +223,7 @@ async def operate(tx: Transaction, holder: Holder, request: OperationRequest) ->
     cause = Cause(entry_id, request.program_id, tx.now, request.description, reference_id=reference_id)
     selection = _selection(position, request, tx.now)
     await _load(tx, books, position, selection, amount)
-    entry, parts = _OPERATIONS[request.operation](books, position, cause, request, selection, amount, hold_terms, terms)
+    entry, parts = _perform(books, position, cause, request, selection, amount, hold_terms, terms)
     await write(tx, books)
     result = OperationResult(
         False,
@@ -340,7 +340,7 @@ async def _move(
 # --- hold, release, forfeit, void-hold -------------------------------------------------------------------------------
 
 
-def _hold(
+def _perform(
     books: Books,
     position: Position,
     cause: Cause,
@@ -350,55 +350,20 @@ def _hold(
     hold_terms: HoldTerms,
     terms: Terms,
 ) -> tuple[Entry, list[Part]]:
-    return movements.hold(books, position, cause, amount, hold_terms, selection)
-
-
-def _release(
-    books: Books,
-    position: Position,
-    cause: Cause,
-    request: OperationRequest,
-    selection: Selection,
-    amount: Decimal | None,
-    hold_terms: HoldTerms,
-    terms: Terms,
-) -> tuple[Entry, list[Part]]:
-    return movements.release(books, position, cause, amount, selection, only=request.named_hold)
-
-
-def _forfeit(
-    books: Books,
-    position: Position,
-    cause: Cause,
-    request: OperationRequest,
-    selection: Selection,
-    amount: Decimal | None,
-    hold_terms: HoldTerms,
-    terms: Terms,
-) -> tuple[Entry, list[Part]]:
+    """What the request asks for, done to the books; the entry, and the lots as they are now."""
+    if request.operation == "HOLD":
+        return movements.hold(books, position, cause, amount, hold_terms, selection)
+    if request.operation == "RELEASE":
+        return movements.release(books, position, cause, amount, selection, only=request.named_hold)
+    if request.operation == "VOID_HOLD":
+        # A program that first credited under the reference since its wallets were locked is not loaded: opening its
+        # wallet a second time is refused by the database, and the whole operation is repeated.
+        programs = {lot.program_id for lot in books.lots.matching(selection)}
+        sources = {program_id: _return_account(books, terms, program_id) for program_id in programs}
+        return movements.void_hold(books, position, cause, selection, sources)
     if request.bucket == "HELD":
         return movements.forfeit_held(books, position, cause, amount, selection, only=request.named_hold)
     return movements.forfeit(books, position, cause, amount, selection)
-
-
-def _void(
-    books: Books,
-    position: Position,
-    cause: Cause,
-    request: OperationRequest,
-    selection: Selection,
-    amount: Decimal | None,
-    hold_terms: HoldTerms,
-    terms: Terms,
-) -> tuple[Entry, list[Part]]:
-    # A program that first credited under the reference since its wallets were locked is not loaded: opening its wallet
-    # a second time is refused by the database, and the whole operation is repeated.
-    programs = {lot.program_id for lot in books.lots.matching(selection)}
-    sources = {program_id: _return_account(books, terms, program_id) for program_id in programs}
-    return movements.void_hold(books, position, cause, selection, sources)
-
-
-_OPERATIONS = {"HOLD": _hold, "RELEASE": _release, "FORFEIT": _forfeit, "VOID_HOLD": _void}
 
 
 def _return_account(books: Books, terms: Terms, program_id: UUID) -> Account:
