@@ -350,6 +350,14 @@ class Event(SQLModel, table=True):
             "id",
             postgresql_where=text("status = 'FAILED'"),
         ),
+        Index(
+            "event_processed_idx",
+            "organization_id",
+            "program_id",
+            "processed_at",
+            "seq",
+            postgresql_where=text("processed_at is not null"),
+        ),
         Index(None, "organization_id", "created_at", "id"),
         Index(None, "organization_id", "program_id", "created_at", "id"),
         Index(None, "organization_id", "external_id", "created_at", "id"),
@@ -714,3 +722,321 @@ class LedgerVerification(SQLModel, table=True):
     problem: str | None = _text(nullable=True)
     started_at: datetime = _instant()
     finished_at: datetime | None = _instant(nullable=True)
+
+
+class RuleBudget(SQLModel, table=True):
+    """What a rule may issue of an asset in a period, and what it has issued. Contract: rules-and-events.md 3.
+
+    `consumed` and `next_reset_at` are as of the last write: once `next_reset_at` has passed, readers see 0 and a later
+    instant. `starts_at` is where the intervals of an INTERVAL budget are counted from.
+    """
+
+    __tablename__: ClassVar[str] = "rule_budget"
+    __table_args__ = (_of("rule", "rule_id"), _of("asset", "asset_id"))
+
+    organization_id: UUID = Field(primary_key=True)
+    rule_id: UUID = Field(primary_key=True)
+    asset_id: UUID = Field(primary_key=True)
+    maximum: Decimal = _number()
+    schedule_type: str | None = _text(nullable=True)
+    cron_expression: str | None = _text(nullable=True)
+    interval: str | None = _text(nullable=True)
+    starts_at: datetime = _instant()
+    consumed: Decimal = _number()
+    next_reset_at: datetime | None = _instant(nullable=True)
+
+
+class Automation(SQLModel, table=True):
+    """Something that makes events by itself. Contract: tiers-and-automations.md B; made by rules so far (B9).
+
+    One event, rule and action index makes at most one. `depth` is what the events it makes carry. A fan-out works
+    through the participants by id: `last_participant_id` is how far it has come.
+    """
+
+    __tablename__: ClassVar[str] = "automation"
+    __table_args__ = (
+        _of("program", "program_id"),
+        UniqueConstraint("organization_id", "event_id", "rule_id", "action_index"),
+        Index(
+            "automation_due_idx",
+            "organization_id",
+            "program_id",
+            "trigger_at",
+            "id",
+            postgresql_where=text("status = 'active' and trigger_type = 'one_time'"),
+        ),
+        Index(
+            "automation_fan_out_idx",
+            "organization_id",
+            "program_id",
+            "created_at",
+            "id",
+            postgresql_where=text("status = 'active' and execution_status in ('pending', 'executing')"),
+        ),
+        Index(None, "organization_id", "program_id", "created_at", "id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    program_id: UUID
+    name: str = _text()
+    event_name: str = _text()
+    scope: str = _text()
+    trigger_type: str = _text()
+    trigger_at: datetime = _instant()
+    payload: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON, nullable=True))
+    participant_id: UUID | None = Field(default=None)
+    source: str = _text()
+    status: str = _text()
+    depth: int = Field(default=0, sa_type=SmallInteger)
+    event_id: UUID | None = Field(default=None)
+    rule_id: UUID | None = Field(default=None)
+    action_index: int | None = Field(default=None, sa_type=SmallInteger, nullable=True)
+    request_id: str | None = _text(nullable=True)
+    processed_at: datetime | None = _instant(nullable=True)
+    error_message: str | None = _text(nullable=True)
+    execution_status: str | None = _text(nullable=True)
+    execution_started_at: datetime | None = _instant(nullable=True)
+    execution_completed_at: datetime | None = _instant(nullable=True)
+    execution_error: str | None = _text(nullable=True)
+    participants_total: int | None = _big(nullable=True)
+    participants_processed: int | None = _big(nullable=True)
+    last_participant_id: UUID | None = Field(default=None)
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+    deleted_at: datetime | None = _instant(nullable=True)
+
+
+class Simulation(SQLModel, table=True):
+    """A draft rule set that is run against past events. Contract: README.md "Simulations".
+
+    It goes through the events in the order of (processed_at, seq); `last_processed_at` and `last_seq` are how far it
+    has come. `rules` is what was asked for, `results` the figures so far.
+    """
+
+    __tablename__: ClassVar[str] = "simulation"
+    __table_args__ = (
+        _of("program", "program_id"),
+        Index(None, "organization_id", "program_id", "created_at", "id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    program_id: UUID
+    status: str = _text()
+    rules: list[dict[str, Any]] = Field(sa_column=Column(JSON, nullable=False))
+    starts_at: datetime = _instant()
+    ends_at: datetime = _instant()
+    participant_filter: str | None = _text(nullable=True)
+    basis: str = _text()
+    events_total: int = _big()
+    events_done: int = _big()
+    last_processed_at: datetime | None = _instant(nullable=True)
+    last_seq: int | None = _big(nullable=True)
+    results: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    error: str | None = _text(nullable=True)
+    api_key_id: UUID | None = Field(default=None)
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+    finished_at: datetime | None = _instant(nullable=True)
+
+
+class SimulationHolder(SQLModel, table=True):
+    """What a simulation has made of one participant, group or program so far: state, balances, lots and holds."""
+
+    __tablename__: ClassVar[str] = "simulation_holder"
+    __table_args__ = (_of("simulation", "simulation_id"),)
+
+    organization_id: UUID = Field(primary_key=True)
+    simulation_id: UUID = Field(primary_key=True)
+    entity_id: UUID = Field(primary_key=True)
+    state: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+
+
+class Reward(SQLModel, table=True):
+    """An item of a program's catalog. Contract: redemptions.md 4. Its row lock guards the stock and who has had it."""
+
+    __tablename__: ClassVar[str] = "reward"
+    __table_args__ = (
+        _of("program", "program_id"),
+        _of("asset", "asset_id"),
+        UniqueConstraint("organization_id", "program_id", "name"),
+        Index(None, "organization_id", "program_id", "created_at", "id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    program_id: UUID
+    name: str = _text()
+    description: str | None = _text(nullable=True)
+    category: str | None = _text(nullable=True)
+    redemption_type: str = _text()
+    asset_id: UUID
+    unit_cost: Decimal = _number()
+    status: str = _text()
+    max_total: int | None = _big(nullable=True)
+    max_per_participant: int | None = _big(nullable=True)
+    available_from: datetime | None = _instant(nullable=True)
+    available_until: datetime | None = _instant(nullable=True)
+    # `metadata` is SQLAlchemy's own name on a mapped class.
+    extra: dict[str, Any] | None = Field(default=None, sa_column=Column("metadata", JSON, nullable=True))
+    requires_confirmation: bool = Field(default=False)
+    eligibility: str | None = _text(nullable=True)
+    redeemed_count: int = _big()
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+
+
+class RewardUsage(SQLModel, table=True):
+    """How many units of a reward a participant has, net of reversals. Guarded by the reward's row lock."""
+
+    __tablename__: ClassVar[str] = "reward_usage"
+
+    organization_id: UUID = Field(primary_key=True)
+    reward_id: UUID = Field(primary_key=True)
+    participant_id: UUID = Field(primary_key=True)
+    quantity: int = _big()
+
+
+class Redemption(SQLModel, table=True):
+    """A participant's spending. Contract: redemptions.md 2 and 3. Its row changes under its participant's lock.
+
+    The target is the one of the program when it was made; `target_entity_type` and `target_entity_id` only for a
+    LEDGER_ENTITY, `target_lot_id` where that has lots. `requested_*` and `expires_at` only for two-step ones, whose
+    hold has the redemption's id. `confirm_*` remember the key that a confirm was sent with.
+    """
+
+    __tablename__: ClassVar[str] = "redemption"
+    __table_args__ = (
+        _of("program", "program_id"),
+        _of("participant", "participant_id"),
+        Index(None, "organization_id", "participant_id", "created_at", "id"),
+        Index(
+            "redemption_reward_idx",
+            "organization_id",
+            "reward_id",
+            "participant_id",
+            "created_at",
+            "id",
+            postgresql_where=text("reward_id is not null"),
+        ),
+        Index(
+            "redemption_pending_idx",
+            "organization_id",
+            "expires_at",
+            "id",
+            postgresql_where=text("status = 'PENDING'"),
+        ),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    participant_id: UUID
+    program_id: UUID
+    asset_id: UUID
+    amount: Decimal = _number()
+    description: str = _text()
+    reward_id: UUID | None = Field(default=None)
+    quantity: int | None = _big(nullable=True)
+    unit_cost: Decimal | None = _number(nullable=True)
+    reversed_amount: Decimal = _number()
+    reversed_quantity: int | None = _big(nullable=True)
+    status: str = _text()
+    journal_entry_id: UUID
+    extra: dict[str, Any] | None = Field(default=None, sa_column=Column("metadata", JSON, nullable=True))
+    target_type: str = _text()
+    target_entity_type: str | None = _text(nullable=True)
+    target_entity_id: UUID | None = Field(default=None)
+    target_lot_id: UUID | None = Field(default=None)
+    requested_amount: Decimal | None = _number(nullable=True)
+    requested_quantity: int | None = _big(nullable=True)
+    expires_at: datetime | None = _instant(nullable=True)
+    confirmed_at: datetime | None = _instant(nullable=True)
+    canceled_at: datetime | None = _instant(nullable=True)
+    cancel_reason: str | None = _text(nullable=True)
+    confirm_key: str | None = _text(nullable=True)
+    confirm_hash: bytes | None = Field(default=None, sa_type=LargeBinary)
+    idempotency_key: str | None = _text(nullable=True)
+    api_key_id: UUID | None = Field(default=None)
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+
+
+class RedemptionLot(SQLModel, table=True):
+    """What a redemption took of one lot, in the order of taking, and what reversals have given back to it.
+
+    While the redemption is pending `held_lot_id` is the HELD lot that the part lies in (the same as `lot_id` where the
+    lot was taken whole).
+    """
+
+    __tablename__: ClassVar[str] = "redemption_lot"
+
+    organization_id: UUID = Field(primary_key=True)
+    redemption_id: UUID = Field(primary_key=True)
+    ordinal: int = Field(primary_key=True)
+    lot_id: UUID
+    held_lot_id: UUID | None = Field(default=None)
+    amount: Decimal = _number()
+    refilled: Decimal = _number()
+
+
+class RedemptionReversal(SQLModel, table=True):
+    """Value of a redemption that was given back. Contract: redemptions.md 2.5."""
+
+    __tablename__: ClassVar[str] = "redemption_reversal"
+    __table_args__ = (
+        _of("redemption", "redemption_id"),
+        Index(None, "organization_id", "redemption_id", "created_at", "id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    redemption_id: UUID
+    amount: Decimal = _number()
+    quantity: int | None = _big(nullable=True)
+    reason: str = _text()
+    journal_entry_id: UUID
+    api_key_id: UUID | None = Field(default=None)
+    created_at: datetime = _instant()
+
+
+class Transfer(SQLModel, table=True):
+    """Value moved from one holder to others, atomically. Contract: redemptions.md 5."""
+
+    __tablename__: ClassVar[str] = "transfer"
+    __table_args__ = (
+        _of("program", "program_id"),
+        Index(None, "organization_id", "created_at", "id"),
+        Index(None, "organization_id", "source_id", "created_at", "id"),
+    )
+
+    organization_id: UUID = Field(primary_key=True)
+    id: UUID = Field(primary_key=True)
+    program_id: UUID
+    asset_id: UUID
+    source_type: str = _text()
+    source_id: UUID
+    source_external_id: str | None = _text(nullable=True)
+    total_amount: Decimal = _number()
+    recipient_count: int = Field(sa_type=SmallInteger)
+    description: str = _text()
+    extra: dict[str, Any] | None = Field(default=None, sa_column=Column("metadata", JSON, nullable=True))
+    journal_entry_id: UUID
+    api_key_id: UUID | None = Field(default=None)
+    created_at: datetime = _instant()
+
+
+class TransferRecipient(SQLModel, table=True):
+    """One row of a transfer's recipients, in request order. `created_at` is the transfer's, for the index of lists."""
+
+    __tablename__: ClassVar[str] = "transfer_recipient"
+    __table_args__ = (Index(None, "organization_id", "entity_id", "created_at", "transfer_id"),)
+
+    organization_id: UUID = Field(primary_key=True)
+    transfer_id: UUID = Field(primary_key=True)
+    ordinal: int = Field(sa_type=SmallInteger, primary_key=True)
+    entity_type: str = _text()
+    entity_id: UUID
+    external_id: str | None = _text(nullable=True)
+    amount: Decimal = _number()
+    created_at: datetime = _instant()
