@@ -1,10 +1,10 @@
 """Rules: CEL conditions with actions, their versions, and trying them out. Contract: rules-and-events.md 2 and 8."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict
 from decimal import Decimal
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import Query
@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from api.models import (
+    AmountText,
     Boolean,
     Integer,
     ListOf,
@@ -27,19 +28,19 @@ from api.queries import From, IncludeArchived, PageOf20, PageOf50, Search, SortD
 from api.responses import JsonResponse
 from api.route import Tx, make_router
 from db import json
-from db.tables import RuleHistory
+from db.tables import Rule, RuleHistory
 from domain import limits, money
 from domain.clock import format_timestamp
 from domain.exact_json import depth
 from domain.pagination import Page
 from domain.rules import simulate, store
+from domain.rules.budgets import BudgetDraft
 from domain.rules.cel import ExpressionError, compile_expression
 
 router = make_router("Rules")
 
-Row = TypeVar("Row")
-
 RuleStatus = Literal["ACTIVE", "SUSPENDED", "ARCHIVED"]
+ScheduleType = Literal["CRON", "INTERVAL"]
 ChangeType = Literal["created", "updated", "archived", "suspended", "activated"]
 
 VALID = "CEL condition is valid"
@@ -47,32 +48,37 @@ VALID_NOTE = "Only the syntax was checked: the names of event fields are not kno
 
 # The flat schema of the contract's 5.1 and 5.2, for the documentation; domain/rules/actions.py is what checks it.
 ACTION_FIELDS = {
-    "type": "Which action. This version runs CREDIT, DEBIT, TAG, UNTAG, COUNTER and SET_ATTRIBUTE.",
-    "asset_id": "CREDIT, DEBIT: an asset that is linked to the program.",
-    "amount": "CREDIT, DEBIT: a decimal string, or CEL that gives a number. Nothing is rounded: see round(x, n).",
-    "bucket": "CREDIT, DEBIT: AVAILABLE, the default.",
-    "allow_negative": "DEBIT: whether the balance may go below zero; false by default.",
-    "description": "CREDIT, DEBIT: description of the ledger entry.",
-    "reference_id": "LOT assets only.",
-    "expires_at": "LOT assets only.",
-    "matures_at": "LOT assets only.",
-    "hold_until": "Not run by this version yet.",
+    "type": "Which action. This version runs all of the contract's but SET_TIER.",
+    "asset_id": "CREDIT, DEBIT, HOLD, RELEASE, FORFEIT, VOID_HOLD: an asset that is linked to the program.",
+    "amount": "A decimal string, or CEL that gives a number. Nothing is rounded: see round(x, n). RELEASE and FORFEIT"
+    " without it take everything that matches; VOID_HOLD never has one.",
+    "bucket": "CREDIT, DEBIT, FORFEIT: AVAILABLE, the default, or HELD.",
+    "allow_negative": "DEBIT from AVAILABLE: whether the balance may go below zero; false by default.",
+    "description": "Actions with an asset: description of the ledger entry.",
+    "reference_id": "Actions on LOT assets: CEL that gives a string. A CREDIT into HELD is stamped with it, a CREDIT to"
+    " AVAILABLE settles what was credited to HELD under it.",
+    "expires_at": "CREDIT on LOT assets: when the lot expires; Go-style duration, RFC 3339 or CEL.",
+    "matures_at": "CREDIT to AVAILABLE on LOT assets: until when it is DEFERRED; Go-style duration, RFC 3339 or CEL.",
+    "hold_until": "HOLD, CREDIT into HELD: when the hold ends and releases; Go-style duration, RFC 3339 or CEL.",
     "tag": "TAG, UNTAG: the tag; stored in lower case.",
     "key": "COUNTER, SET_ATTRIBUTE: which one.",
     "value": "COUNTER: what is added, a decimal string or CEL. SET_ATTRIBUTE: CEL where it compiles, else plain text.",
     "reset_after": "COUNTER: Go-style duration after which it starts anew; an empty string removes the auto-reset.",
     "tier": "Not run by this version yet.",
     "level": "Not run by this version yet.",
-    "event_name": "Not run by this version yet.",
-    "delay": "Not run by this version yet.",
-    "payload": "Not run by this version yet.",
-    "target": "Whom it is directed at; without it the event's participant, or its recipient for CREDIT and DEBIT.",
+    "event_name": "SCHEDULE_EVENT, BROADCAST: the `type` of the events that are made.",
+    "delay": f"SCHEDULE_EVENT: Go-style duration after the event's own timestamp; at most {limits.DELAY_DAYS} days.",
+    "payload": "SCHEDULE_EVENT, BROADCAST: the other members of `event_data`, passed on as they are.",
+    "target": "Whom it is directed at. Without it the event's participant, or its recipient for actions with an asset."
+    " BROADCAST has none.",
 }
 TARGET_FIELDS = {
-    "type": "PARTICIPANT, with exactly one of the others; or PROGRAM, the event's own, for TAG to SET_ATTRIBUTE.",
-    "id": "The participant's id, literally.",
-    "external_id": "CEL that gives an external_id, such as event.referrer_id.",
-    "participant_id": "CEL that gives a participant's id, such as event.recipient_id.",
+    "type": "PARTICIPANT; GROUP, for actions with an asset and TAG, UNTAG, COUNTER and SET_ATTRIBUTE; PROGRAM for the"
+    " latter four only.",
+    "id": "The id, literally; for a GROUP also CEL. A PROGRAM without it is the event's own. A PARTICIPANT has exactly"
+    " one of this and the next two.",
+    "external_id": "PARTICIPANT: CEL that gives an external_id, such as event.referrer_id.",
+    "participant_id": "PARTICIPANT: CEL that gives a participant's id, such as event.recipient_id.",
 }
 _ACTION_TYPES = {"allow_negative": "boolean", "payload": "object"}
 _TARGET_SCHEMA = {
@@ -120,7 +126,43 @@ Order = Annotated[
 StopAfterMatch = Annotated[Boolean, Field(description="On a match, skip every later rule.")]
 ActiveFrom = Annotated[Timestamp | None, Field(description="Start of the window, by wall clock; null is open.")]
 ActiveTo = Annotated[Timestamp | None, Field(description="End of the window, exclusive, by wall clock; null is open.")]
-Budgets = Annotated[list[Any] | None, Field(description="Rule budgets: not run by this version yet, so only `[]`.")]
+
+
+class BudgetIn(RequestModel):
+    """The most that a rule may issue of an asset in a period, by CREDIT actions. Contract: rules-and-events.md 3."""
+
+    asset_id: UUID = Field(description="An asset that is linked to the program; at most one budget for each.")
+    limit: AmountText = Field(
+        description="The most in one period. A credit that would go beyond it is left out as a whole.",
+        examples=["10000.00"],
+    )
+    schedule_type: ScheduleType | None = Field(default=None, description="Without it: for the rule's lifetime.")
+    cron_expression: str | None = Field(
+        default=None, description="With CRON: when a new period begins, five fields, UTC.", examples=["0 0 1 * *"]
+    )
+    interval: str | None = Field(
+        default=None, description="With INTERVAL: how long a period is, a Go-style duration.", examples=["720h"]
+    )
+
+
+class BudgetOut(ResponseModel):
+    """A budget and its state."""
+
+    asset_id: UUID = Field(description="The asset whose credits it caps.")
+    limit: str = Field(description="The most in one period.")
+    schedule_type: ScheduleType | None = Field(description="What begins a new period; null: nothing does.")
+    cron_expression: str | None = omittable("When a new period begins, UTC; only with CRON.")
+    interval: str | None = omittable("How long a period is; only with INTERVAL.")
+    consumed: str = Field(
+        description="Issued in the current period; more than `limit` only after `limit` was lowered below it."
+    )
+    next_reset_at: Timestamp | None = Field(description="When the next period begins; null for a lifetime budget.")
+
+
+BudgetList = Annotated[
+    list[BudgetIn],
+    Field(max_length=limits.BUDGETS_PER_RULE, description="Caps on what the rule may issue, one per asset."),
+]
 
 
 class RuleCreate(RequestModel):
@@ -135,7 +177,7 @@ class RuleCreate(RequestModel):
     stop_after_match: StopAfterMatch = False
     active_from: ActiveFrom = None
     active_to: ActiveTo = None
-    budgets: Budgets = None
+    budgets: BudgetList | None = Field(default=None, description="Without it, or empty: nothing is capped.")
     status: Literal["ACTIVE", "SUSPENDED"] = Field(default="ACTIVE", description="A rule cannot begin ARCHIVED.")
 
 
@@ -150,7 +192,9 @@ class RuleUpdate(PatchModel):
     stop_after_match: Boolean = unset_field("On a match, skip every later rule.")
     active_from: Timestamp | None = unset_field("Start of the window, by wall clock; null opens it.")
     active_to: Timestamp | None = unset_field("End of the window, exclusive, by wall clock; null opens it.")
-    budgets: Budgets = unset_field("Rule budgets: not run by this version yet, so only `[]`.")
+    budgets: BudgetList = unset_field(
+        "All of the new budgets. One whose asset stays keeps what it has consumed; `[]` removes all."
+    )
     status: RuleStatus = unset_field("SUSPENDED keeps the rule without running it; ARCHIVED is for good.")
 
 
@@ -167,7 +211,7 @@ class RuleOut(ResponseModel):
     stop_after_match: bool = Field(description="Whether a match skips every later rule.")
     active_from: Timestamp | None = Field(description="Start of the window; null is open.")
     active_to: Timestamp | None = Field(description="End of the window, exclusive; null is open.")
-    budgets: list[dict[str, Any]] = Field(description="With their state; always empty in this version.")
+    budgets: list[BudgetOut] = Field(description="With their state, by asset.")
     status: RuleStatus = Field(description="Only ACTIVE rules are evaluated.")
     created_at: Timestamp = Field(description="When it was created.")
     updated_at: Timestamp = Field(description="When it was last changed.")
@@ -288,8 +332,8 @@ async def create_rule(tx: Tx, body: RuleCreate) -> JsonResponse:
     404 for an unknown program or asset; 409 `conflict` when the order is taken, `program_inactive` when the program
     is archived, `asset_archived`; 422 `asset_not_linked`. Every action's problem is named as `actions[i].field`.
     """
-    draft = {name: getattr(body, name) for name in RuleCreate.model_fields}
-    return _answer(store.document(await store.create_rule(tx, store.RuleDraft(**draft))), 201)
+    draft = {name: getattr(body, name) for name in RuleCreate.model_fields} | {"budgets": _drafts(body.budgets or ())}
+    return await _answer_rule(tx, await store.create_rule(tx, store.RuleDraft(**draft)), 201)
 
 
 @router.get("/rules", response_model=ListOf[RuleOut])
@@ -314,7 +358,7 @@ async def list_rules(
         sort_by=sort_by,
         descending=sort_dir == "desc",
     )
-    return _answer_page(found, store.document)
+    return _answer_page(await store.documents(tx, found.items), found)
 
 
 @router.post("/rules/validate", response_model=ConditionVerdict)
@@ -329,8 +373,8 @@ async def validate_condition(tx: Tx, body: ConditionCheck) -> ConditionVerdict:
 
 @router.get("/rules/{id}", response_model=RuleOut)
 async def get_rule(tx: Tx, id: UUID) -> JsonResponse:
-    """Get a rule; archived ones too."""
-    return _answer(store.document(await store.get_rule(tx, id)))
+    """Get a rule with the state of its budgets; archived ones too."""
+    return await _answer_rule(tx, await store.get_rule(tx, id))
 
 
 @router.patch("/rules/{id}", response_model=RuleOut)
@@ -339,7 +383,23 @@ async def update_rule(tx: Tx, id: UUID, body: RuleUpdate) -> JsonResponse:
 
     409 `conflict` when the order is taken or the rule is archived, `program_inactive` when its program is archived.
     """
-    return _answer(store.document(await store.patch_rule(tx, id, body.required_changes())))
+    changes = body.required_changes()
+    if "budgets" in changes:
+        changes["budgets"] = _drafts(body.budgets)
+    return await _answer_rule(tx, await store.patch_rule(tx, id, changes))
+
+
+@router.post("/rules/{id}/reset-budget", response_model=BudgetOut)
+async def reset_rule_budget(
+    tx: Tx, id: UUID, asset_id: Annotated[UUID, Query(description="Which of the rule's budgets.")]
+) -> JsonResponse:
+    """Set what a rule's budget has consumed to zero, and begin its next period.
+
+    `next_reset_at` is the next point of a CRON schedule, a whole interval from now for INTERVAL, and null for a
+    lifetime budget. 404 without such a budget; 409 `conflict` when the rule is archived, `program_inactive` when its
+    program is.
+    """
+    return _answer((await store.reset_budget(tx, id, asset_id)).document(tx.now))
 
 
 @router.post("/rules/{id}/simulate", response_model=Simulation)
@@ -349,10 +409,9 @@ async def simulate_rule(tx: Tx, id: UUID, body: SimulationRequest) -> JsonRespon
     given = body.participant_state or ParticipantState()
     state = simulate.SimulatedState([tag.lower() for tag in given.tags], given.counters, given.attributes)
     evaluation = await simulate.simulate_rule(tx, rule, body.event, state)
-    shown = store.document(rule)
     return _answer(
         {
-            "rule": {name: shown[name] for name in SimulatedRule.model_fields},
+            "rule": SimulatedRule.of(rule, order=rule.rule_order).model_dump(mode="json"),
             "evaluation": {name: value for name, value in asdict(evaluation).items() if value is not None},
         }
     )
@@ -369,7 +428,7 @@ async def list_rule_history(
 ) -> JsonResponse:
     """List the versions of a rule, newest first."""
     found = await store.list_history(tx, id, page, change_type=change_type, changed_from=since, changed_to=to)
-    return _answer_page(found, _shown_version)
+    return _answer_page([_shown_version(version) for version in found.items], found)
 
 
 def _shown_version(version: RuleHistory) -> dict[str, Any]:
@@ -380,15 +439,19 @@ def _shown_version(version: RuleHistory) -> dict[str, Any]:
     }
 
 
+def _drafts(budgets: Iterable[BudgetIn]) -> list[BudgetDraft]:
+    return [BudgetDraft(**budget.model_dump()) for budget in budgets]
+
+
+async def _answer_rule(tx: Tx, rule: Rule, status: int = 200) -> JsonResponse:
+    (shown,) = await store.documents(tx, [rule])
+    return _answer(shown, status)
+
+
 def _answer(body: dict[str, Any], status: int = 200) -> JsonResponse:
     # Not by pydantic, which would print the numbers of an action's payload as strings: actions come back as sent.
     return JsonResponse(json.dumps(body), status)
 
 
-def _answer_page(page: Page[Row], present: Callable[[Row], dict[str, Any]]) -> JsonResponse:
-    return _answer(
-        {
-            "data": [present(row) for row in page.items],
-            "pagination": {"has_more": page.has_more, "next_cursor": page.next_cursor},
-        }
-    )
+def _answer_page(shown: list[dict[str, Any]], page: Page[Any]) -> JsonResponse:
+    return _answer({"data": shown, "pagination": {"has_more": page.has_more, "next_cursor": page.next_cursor}})

@@ -771,7 +771,7 @@ class Automation(SQLModel, table=True):
             "program_id",
             "created_at",
             "id",
-            postgresql_where=text("status = 'active' and execution_status in ('pending', 'executing')"),
+            postgresql_where=text("execution_status in ('pending', 'executing')"),
         ),
         Index(None, "organization_id", "program_id", "created_at", "id"),
     )
@@ -927,6 +927,14 @@ class Redemption(SQLModel, table=True):
             "id",
             postgresql_where=text("status = 'PENDING'"),
         ),
+        Index(
+            "redemption_waiting_idx",
+            "organization_id",
+            "participant_id",
+            "expires_at",
+            "id",
+            postgresql_where=text("status = 'PENDING'"),
+        ),
     )
 
     organization_id: UUID = Field(primary_key=True)
@@ -1007,6 +1015,8 @@ class Transfer(SQLModel, table=True):
     __table_args__ = (
         _of("program", "program_id"),
         Index(None, "organization_id", "created_at", "id"),
+        Index(None, "organization_id", "program_id", "created_at", "id"),
+        Index(None, "organization_id", "asset_id", "created_at", "id"),
         Index(None, "organization_id", "source_id", "created_at", "id"),
     )
 

@@ -6,11 +6,12 @@ can wait for each other (drawn in docs/ledger.md):
 1. the idempotency key (`domain.idempotency.claim`)
 2. event rows
 3. rewards, by id
-4. rule budgets, by id
-5. programs, by id
-6. groups, by id
-7. participants, by id
-8. the organization's chain head (`domain.ledger.journal.write`, released by the commit that comes with it)
+4. the rule that is being changed (`domain.rules.store`)
+5. rule budgets, by rule and asset
+6. programs, by id
+7. groups, by id
+8. participants, by id
+9. the organization's chain head (`domain.ledger.journal.write`, released by the commit that comes with it)
 
 A holder's row (program, group or participant) guards everything that hangs on it: accounts, lots, holds, counters,
 tags, attributes, tiers, the wallet, the members of a group. Locks are FOR NO KEY UPDATE: rows that point to a holder by

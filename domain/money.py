@@ -2,6 +2,7 @@
 
 import decimal
 import re
+from collections.abc import Iterable
 from decimal import Decimal
 
 from domain import limits
@@ -29,6 +30,14 @@ def add(a: Decimal, b: Decimal) -> Decimal:
 def subtract(a: Decimal, b: Decimal) -> Decimal:
     """`a - b`, exactly. Raises decimal.Inexact when the result doesn't fit 80 digits."""
     return EXACT.subtract(a, b)
+
+
+def total(amounts: Iterable[Decimal]) -> Decimal:
+    """The exact sum of `amounts`."""
+    result = ZERO
+    for amount in amounts:
+        result = EXACT.add(result, amount)
+    return result
 
 
 def fits_scale(amount: Decimal, scale: int) -> bool:

@@ -1,7 +1,9 @@
 """Rules as resources: create, read, change, and their history. Contract: rules-and-events.md 2 and 8.
 
 Every write holds the program's row lock (FOR NO KEY UPDATE): orders are given out one after the other, and the
-`rules_version` that tells the engine to load anew grows in the same transaction as the change it announces.
+`rules_version` that tells the engine to load anew grows in the same transaction as the change it announces. A change
+of a rule locks the rule's row first, then the budgets that it touches, then the program: the engine, too, locks budgets
+before the program, and under the rule's lock nobody else adds budgets to it.
 """
 
 import asyncio
@@ -23,8 +25,18 @@ from domain.clock import format_timestamp
 from domain.errors import Problem, Refusal, bad_field, not_found
 from domain.ids import new_id
 from domain.pagination import Page, PageRequest, paginate
-from domain.rules import not_yet
 from domain.rules.actions import Action, check_references, parse_actions
+from domain.rules.budgets import (
+    Budget,
+    BudgetDraft,
+    draft_problems,
+    load_budgets,
+    planned,
+    put_budgets,
+    read_limits,
+    same_terms,
+    write_budgets,
+)
 from domain.rules.cel import ExpressionError, compile_expression
 
 ORDER_STEP = 10
@@ -64,12 +76,15 @@ class RuleDraft:
     stop_after_match: bool = False
     active_from: datetime | None = None
     active_to: datetime | None = None
-    budgets: Sequence[Any] | None = None
+    budgets: Sequence[BudgetDraft] = ()
     status: str = "ACTIVE"
 
 
-def document(rule: Rule) -> dict[str, Any]:
-    """`rule` as the API shows it and as its history keeps it, timestamps as text. `deleted_at` only when archived."""
+def document(rule: Rule, budgets: Sequence[Budget], now: datetime) -> dict[str, Any]:
+    """`rule` as the API shows it and as its history keeps it, timestamps as text. `deleted_at` only when archived.
+
+    `budgets` are the rule's, by asset; what they have consumed is as of `now`.
+    """
     shown = {
         "id": str(rule.id),
         "program_id": str(rule.program_id),
@@ -81,7 +96,7 @@ def document(rule: Rule) -> dict[str, Any]:
         "stop_after_match": rule.stop_after_match,
         "active_from": _shown_instant(rule.active_from),
         "active_to": _shown_instant(rule.active_to),
-        "budgets": [],
+        "budgets": [budget.document(now) for budget in budgets],
         "status": rule.status,
         "created_at": _shown_instant(rule.created_at),
         "updated_at": _shown_instant(rule.updated_at),
@@ -91,17 +106,25 @@ def document(rule: Rule) -> dict[str, Any]:
     return shown
 
 
+async def documents(tx: Transaction, rules: Sequence[Rule]) -> list[dict[str, Any]]:
+    """The documents of these rules in their order; the budgets of all are read in one query."""
+    by_rule: dict[UUID, list[Budget]] = {rule.id: [] for rule in rules}
+    for budget in await load_budgets(tx, by_rule, locked=False):
+        by_rule[budget.rule_id].append(budget)
+    return [document(rule, by_rule[rule.id], tx.now) for rule in rules]
+
+
 async def create_rule(tx: Transaction, draft: RuleDraft) -> Rule:
     """Create a rule, its first history row included.
 
-    Raises Refusal: 400 for CEL, actions or a window that are wrong, 404 for an unknown program or asset, 409
+    Raises Refusal: 400 for CEL, actions, budgets or a window that are wrong, 404 for an unknown program or asset, 409
     `program_inactive`, `asset_archived` or `conflict` (order taken, program full), 422 `asset_not_linked`.
     """
-    not_yet.refuse_budgets(draft.budgets)
-    actions = await _compile(draft.condition, draft.actions)
+    actions = await _compile(draft.condition, draft.actions, draft.budgets)
     _check_window(draft.active_from, draft.active_to)
     await _lock_program(tx, draft.program_id)
     await check_references(tx, draft.program_id, actions)
+    limits_read = await read_limits(tx, draft.program_id, draft.budgets)
     rule = Rule(
         organization_id=tx.organization_id,
         id=new_id(),
@@ -121,9 +144,13 @@ async def create_rule(tx: Transaction, draft: RuleDraft) -> Rule:
     )
     with _order_fence(rule.rule_order):
         await tx.insert(rule)
-    shown = document(rule)
+    budgets = planned(rule.id, draft.budgets, limits_read, (), tx.now)
+    await put_budgets(tx, rule.id, budgets)
+    shown = document(rule, budgets, tx.now)
     changes = {name: {"old": None, "new": shown[name]} for name in _WRITABLE if shown[name] is not None}
-    await _record(tx, rule, "created", changes)
+    if budgets:
+        changes["budgets"] = {"old": None, "new": shown["budgets"]}
+    await _record(tx, rule, "created", changes, shown)
     return rule
 
 
@@ -190,46 +217,80 @@ async def list_history(
 async def patch_rule(tx: Transaction, rule_id: UUID, changes: Mapping[str, Any]) -> Rule:
     """Change the fields in `changes` (the contract's names; None clears a nullable one) and record what differs.
 
-    Nothing is recorded when nothing differs. Raises Refusal: 400 for CEL, actions or a window that are wrong, 404,
-    409 `conflict` (rule archived, order taken), `program_inactive`, `asset_archived`, 422 `asset_not_linked`.
+    `budgets`, a sequence of BudgetDraft, replaces all of the rule's. Nothing is recorded when nothing differs.
+    Raises Refusal: 400 for CEL, actions, budgets or a window that are wrong, 404, 409 `conflict` (rule archived, order
+    taken), `program_inactive`, `asset_archived`, 422 `asset_not_linked`.
     """
-    not_yet.refuse_budgets(changes.get("budgets"))
-    actions = await _compile(changes.get("condition"), changes.get("actions"))
-    rule = await _lock_for_change(tx, rule_id)
-    before = document(rule)
+    drafts: Sequence[BudgetDraft] | None = changes.get("budgets")
+    actions = await _compile(changes.get("condition"), changes.get("actions"), drafts or ())
+    rule, budgets = await _lock_for_change(tx, rule_id, with_budgets=drafts is not None)
+    before = document(rule, budgets, tx.now)
     for name in changes.keys() & _WRITABLE.keys():
         setattr(rule, _WRITABLE[name], changes[name])
     _check_window(rule.active_from, rule.active_to)
     await check_references(tx, rule.program_id, actions)
-    differences = _differences(before, document(rule))
+    if drafts is not None:
+        budgets = await _replace_budgets(tx, rule, budgets, drafts)
+    differences = _differences(before, document(rule, budgets, tx.now))
     if not differences:
         return rule
     if rule.status == "ACTIVE" and differences.keys() & {"order", "status"}:
         await _check_order_is_free(tx, rule.program_id, rule.rule_order, rule.id)
     await _save(tx, rule)
     change_type = _CHANGE_TYPES[rule.status] if "status" in differences else "updated"
-    await _record(tx, rule, change_type, differences)
+    await _record(tx, rule, change_type, differences, document(rule, budgets, tx.now))
     return rule
 
 
-async def _compile(condition: str | None, raw_actions: Sequence[Any] | None) -> tuple[Action, ...]:
-    """The compiled actions, none where none are given. Raises Refusal naming `condition` or the actions' fields.
+async def reset_budget(tx: Transaction, rule_id: UUID, asset_id: UUID) -> Budget:
+    """Set what the rule's budget for the asset has consumed to zero; an INTERVAL budget begins a whole interval now.
+
+    It is state and not a change of the rule: the history has nothing of it. Contract: rules-and-events.md 8.
+    Raises Refusal: 404 for an unknown rule and for one without such a budget, 409 `conflict` for an archived rule and
+    `program_inactive` for one of an archived program.
+    """
+    _, budgets = await _lock_for_change(tx, rule_id, with_budgets=True)
+    budget = next((budget for budget in budgets if budget.asset_id == asset_id), None)
+    if budget is None:
+        raise not_found("budget")
+    budget.restart(tx.now)
+    await write_budgets(tx, [budget])
+    return budget
+
+
+async def _replace_budgets(
+    tx: Transaction, rule: Rule, kept: list[Budget], drafts: Sequence[BudgetDraft]
+) -> list[Budget]:
+    """The rule's budgets from now on, stored where they differ from `kept`, which the caller has locked."""
+    limits_read = await read_limits(tx, rule.program_id, drafts)
+    budgets = planned(rule.id, drafts, limits_read, kept, tx.now)
+    if same_terms(budgets, kept):
+        return kept
+    await put_budgets(tx, rule.id, budgets)
+    return budgets
+
+
+async def _compile(
+    condition: str | None, raw_actions: Sequence[Any] | None, budgets: Sequence[BudgetDraft]
+) -> tuple[Action, ...]:
+    """The compiled actions, none where none are given. Raises Refusal naming every field that is wrong by itself.
 
     In a thread: long expressions take tens of milliseconds each, and other requests must not wait for them.
     """
 
-    def compile_both() -> tuple[Action, ...]:
+    def compile_all() -> tuple[Action, ...]:
         problems = [] if condition is None else _condition_problems(condition)
         actions: tuple[Action, ...] = ()
         try:
             actions = () if raw_actions is None else parse_actions(raw_actions)
         except Refusal as refusal:
             problems += refusal.problems
+        problems += draft_problems(budgets)
         if problems:
             raise Refusal("bad_request", "Invalid request parameters", problems)
         return actions
 
-    return await asyncio.to_thread(compile_both)
+    return await asyncio.to_thread(compile_all)
 
 
 def _condition_problems(condition: str) -> list[Problem]:
@@ -255,13 +316,21 @@ async def _lock_program(tx: Transaction, program_id: UUID) -> None:
     programs.require_not_archived(await programs.lock(tx, program_id))
 
 
-async def _lock_for_change(tx: Transaction, rule_id: UUID) -> Rule:
-    """The rule as it is under its program's lock. Raises Refusal where it or its program may not change."""
-    await _lock_program(tx, (await get_rule(tx, rule_id)).program_id)
-    rule = await get_rule(tx, rule_id)
+async def _lock_for_change(tx: Transaction, rule_id: UUID, *, with_budgets: bool) -> tuple[Rule, list[Budget]]:
+    """The locked rule and its budgets, locked only `with_budgets`. Raises Refusal where it may not change.
+
+    The budgets are locked before the program although it is the program that may forbid the change: the order of locks
+    is the same for everyone.
+    """
+    by_id = select(Rule).where(Rule.organization_id == tx.organization_id, Rule.id == rule_id)
+    rule = await tx.first(by_id.with_for_update(key_share=True))
+    if rule is None:
+        raise not_found("rule")
+    budgets = await load_budgets(tx, [rule_id], locked=with_budgets)
+    await _lock_program(tx, rule.program_id)
     if rule.status == "ARCHIVED":
         raise Refusal("conflict", "an archived rule cannot be changed")
-    return rule
+    return rule, budgets
 
 
 async def _place(tx: Transaction, draft: RuleDraft) -> int:
@@ -324,7 +393,9 @@ async def _save(tx: Transaction, rule: Rule) -> None:
         )
 
 
-async def _record(tx: Transaction, rule: Rule, change_type: str, changes: dict[str, Any]) -> None:
+async def _record(
+    tx: Transaction, rule: Rule, change_type: str, changes: dict[str, Any], snapshot: dict[str, Any]
+) -> None:
     """Append the version that the rule is now, and tell the engine to load the program's rules anew."""
     await tx.insert(
         RuleHistory(
@@ -336,7 +407,7 @@ async def _record(tx: Transaction, rule: Rule, change_type: str, changes: dict[s
             changed_at=rule.updated_at,
             changed_by_api_key_id=tx.api_key_id,
             changes=changes,
-            snapshot=document(rule),
+            snapshot=snapshot,
         )
     )
     await tx.run(
@@ -347,7 +418,8 @@ async def _record(tx: Transaction, rule: Rule, change_type: str, changes: dict[s
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    return {name: {"old": before[name], "new": after[name]} for name in _WRITABLE if before[name] != after[name]}
+    names = (*_WRITABLE, "budgets")
+    return {name: {"old": before[name], "new": after[name]} for name in names if before[name] != after[name]}
 
 
 def _shown_instant(instant: datetime | None) -> str | None:

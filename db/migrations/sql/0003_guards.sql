@@ -1,7 +1,13 @@
 -- The fences of the tables behind rules and spending, as 0001_guards.sql drew them for the first.
 
-alter table rule_budget add constraint rule_budget_consumed_check check (consumed between 0 and maximum);
-alter table rule_budget add constraint rule_budget_schedule_check check (schedule_type in ('CRON', 'INTERVAL'));
+-- Consumed may lie above the maximum: after the limit was lowered (domain/rules/budgets.py).
+alter table rule_budget add constraint rule_budget_amounts_check check (consumed >= 0 and maximum > 0);
+alter table rule_budget add constraint rule_budget_schedule_check check (
+    case schedule_type
+        when 'CRON' then cron_expression is not null and interval is null and next_reset_at is not null
+        when 'INTERVAL' then cron_expression is null and interval is not null and next_reset_at is not null
+        else schedule_type is null and cron_expression is null and interval is null and next_reset_at is null
+    end);
 alter table rule_budget set (fillfactor = 50);
 alter table automation add constraint automation_status_check
     check (status in ('active', 'paused', 'archived', 'completed', 'failed'));
@@ -14,6 +20,7 @@ alter table reward add constraint reward_status_check
 alter table reward add constraint reward_type_check check (redemption_type in ('UNIT_BASED', 'AMOUNT_BASED'));
 alter table reward add constraint reward_stock_check
     check (redeemed_count >= 0 and (max_total is null or redeemed_count <= max_total) and unit_cost > 0);
+alter table reward set (fillfactor = 50);
 alter table reward_usage add constraint reward_usage_quantity_check check (quantity >= 0);
 alter table redemption add constraint redemption_status_check check (
     status in ('PENDING', 'COMPLETED', 'PARTIALLY_REVERSED', 'FULLY_REVERSED', 'CANCELED', 'EXPIRED'));
@@ -56,20 +63,24 @@ language sql stable security definer set search_path = pg_catalog, public as $$
                 and e.status in ('RECEIVED', 'PENDING') and e.due_at is null and e.created_at <= p_older_than)
         or exists (select from event e where e.organization_id = l.organization_id and e.program_id = l.program_id
                 and e.status in ('RECEIVED', 'PENDING') and e.due_at is not null and e.due_at <= p_older_than)
-        or exists (select from automation a where a.organization_id = l.organization_id
+        or p.status = 'ACTIVE' and exists (
+                select from automation a where a.organization_id = l.organization_id
                 and a.program_id = l.program_id and a.status = 'active' and a.trigger_type = 'one_time'
                 and a.trigger_at <= p_older_than))
     limit p_limit
 $$;
 
--- Programs that have a fan-out which is not finished.
-create function programs_with_fan_outs(p_limit int)
+-- Programs that have a fan-out to work on, none of whose fan-outs has moved since an instant. As domain/fan_outs.py says,
+-- one that has begun goes on whatever becomes of its automation or program, unless processing is paused.
+create function programs_with_fan_outs(p_idle_since timestamptz, p_limit int)
 returns table (organization_id uuid, program_id uuid, program_name text)
 language sql stable security definer set search_path = pg_catalog, public as $$
-    select l.organization_id, l.program_id, p.name from lane l join program p using (organization_id)
-    where p.id = l.program_id and exists (
-        select from automation a where a.organization_id = l.organization_id and a.program_id = l.program_id
-        and a.status = 'active' and a.execution_status in ('pending', 'executing'))
+    select a.organization_id, a.program_id, p.name
+    from automation a join program p on p.organization_id = a.organization_id and p.id = a.program_id
+    where a.execution_status in ('pending', 'executing') and not p.processing_paused
+      and (a.execution_status = 'executing' or (a.status = 'active' and p.status = 'ACTIVE'))
+    group by a.organization_id, a.program_id, p.name
+    having max(a.updated_at) <= p_idle_since
     limit p_limit
 $$;
 
@@ -91,9 +102,9 @@ language sql stable security definer set search_path = pg_catalog, public as $$
     order by s.created_at limit p_limit
 $$;
 
-revoke all on function programs_with_fan_outs(int), pending_redemptions(uuid, timestamptz, uuid, int), open_simulations(int)
+revoke all on function programs_with_fan_outs(timestamptz, int), pending_redemptions(uuid, timestamptz, uuid, int), open_simulations(int)
     from public;
-grant execute on function programs_with_fan_outs(int), pending_redemptions(uuid, timestamptz, uuid, int), open_simulations(int)
+grant execute on function programs_with_fan_outs(timestamptz, int), pending_redemptions(uuid, timestamptz, uuid, int), open_simulations(int)
     to scrip_app;
 grant select, insert, update, delete on rule_budget, simulation_holder to scrip_app;
 grant select, insert, update on automation, simulation, reward, reward_usage, redemption, redemption_lot to scrip_app;

@@ -111,7 +111,7 @@ def upgrade() -> None:
         "automation",
         ["organization_id", "program_id", "created_at", "id"],
         unique=False,
-        postgresql_where=sa.text("status = 'active' and execution_status in ('pending', 'executing')"),
+        postgresql_where=sa.text("execution_status in ('pending', 'executing')"),
     )
     op.create_index(
         op.f("automation_organization_id_program_id_created_at_id_idx"),
@@ -174,6 +174,13 @@ def upgrade() -> None:
         "redemption_pending_idx",
         "redemption",
         ["organization_id", "expires_at", "id"],
+        unique=False,
+        postgresql_where=sa.text("status = 'PENDING'"),
+    )
+    op.create_index(
+        "redemption_waiting_idx",
+        "redemption",
+        ["organization_id", "participant_id", "expires_at", "id"],
         unique=False,
         postgresql_where=sa.text("status = 'PENDING'"),
     )
@@ -288,6 +295,18 @@ def upgrade() -> None:
         op.f("transfer_organization_id_created_at_id_idx"),
         "transfer",
         ["organization_id", "created_at", "id"],
+        unique=False,
+    )
+    op.create_index(
+        op.f("transfer_organization_id_asset_id_created_at_id_idx"),
+        "transfer",
+        ["organization_id", "asset_id", "created_at", "id"],
+        unique=False,
+    )
+    op.create_index(
+        op.f("transfer_organization_id_program_id_created_at_id_idx"),
+        "transfer",
+        ["organization_id", "program_id", "created_at", "id"],
         unique=False,
     )
     op.create_index(
