@@ -1,44 +1,33 @@
 """A rule's actions: what each type needs, checked at save and turned into what the engine runs.
 
-One table says which fields a type uses, one says how a field is read; nothing else knows an action's shape.
-Contract: rules-and-events.md 5.1, 5.2 and 5.17.
+One table says which fields a type uses (here), another how a field is read (fields.py); nothing else knows an action's
+shape. Contract: rules-and-events.md 5.
 
 Amounts have run-time semantics also where they are literals: the contract makes a negative amount, or one with more
 decimals than its asset's scale, a failure of the action (5.4), and its list of refusals at save (5.17) has neither.
-So saving never depends on whether an amount was written as `"1.005"` or as `"event.amount"`.
+So saving never depends on whether an amount was written as `"1.005"` or as `"event.amount"`. A time that can never be
+one (`"720"`, without a unit) is refused at save, as a bad duration.
 """
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from db import json
 from db.session import Transaction
-from domain import limits, money
-from domain.durations import parse_duration
+from domain import limits
 from domain.errors import Problem, Refusal
 from domain.rules import not_yet
-from domain.rules.cel import Expression, ExpressionError, compile_expression
+from domain.rules.cel import Expression
+from domain.rules.fields import FIELDS, JSON_NAMES, Place, Target, When, read_field
+
+__all__ = ["Action", "Target", "When", "check_references", "parse_actions"]
 
 PROBLEMS_REPORTED = 100
-DESCRIPTION_CHARS = 500
 EXPRESSION_CHARS_PER_RULE = 32 * 1024
 """All expressions of a rule's actions together: compiling takes about 40 microseconds a character at worst."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Whom an action is directed at. Contract: rules-and-events.md 5.2.
-
-    PARTICIPANT has exactly one of `id`, `external_id` and `participant_id`. PROGRAM means the event's own program; its
-    `id` is None or that program's.
-    """
-
-    type: str
-    id: UUID | None
-    external_id: Expression | None
-    participant_id: Expression | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +36,8 @@ class Action:
 
     `target` None means the event's participant (or its recipient). Fields that the type doesn't use are at their
     defaults. `value` of a COUNTER is always an Expression; of a SET_ATTRIBUTE a str is a literal. `tag` is lower-case.
-    `reset_after` is a Go duration, or "" to remove the auto-reset, or None to leave it.
+    `reset_after` is a Go duration, or "" to remove the auto-reset, or None to leave it. `amount` None, on RELEASE and
+    FORFEIT, means everything that matches. `payload` is passed on as it is.
     """
 
     index: int
@@ -63,61 +53,61 @@ class Action:
     key: str | None = None
     value: Expression | str | None = None
     reset_after: str | None = None
+    reference_id: Expression | None = None
+    expires_at: When | None = None
+    matures_at: When | None = None
+    hold_until: When | None = None
+    event_name: str | None = None
+    delay: timedelta | None = None
+    payload: dict[str, Any] | None = None
 
     def expressions(self) -> tuple[Expression, ...]:
         """Every expression that running this action evaluates."""
-        target = (self.target.external_id, self.target.participant_id) if self.target else ()
-        return tuple(found for found in (self.amount, self.value, *target) if isinstance(found, Expression))
+        target = self.target
+        addressed = (target.external_id, target.participant_id, target.group_id) if target else ()
+        timed = (self.expires_at, self.matures_at, self.hold_until)
+        given = (self.amount, self.value, self.reference_id, *timed, *addressed)
+        return tuple(found for found in given if isinstance(found, Expression))
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """The fields that a type uses, and whom it may be directed at."""
+    """The fields that a type uses, and those that would be dangerous to ignore, with what is said about them."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    targets: frozenset[str]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
-_HOLDERS = frozenset({"PARTICIPANT", "GROUP"})
-_STATEFUL = frozenset({"PARTICIPANT", "GROUP", "PROGRAM"})
 _SHAPES: dict[str, _Shape] = {
-    "CREDIT": _Shape(("asset_id", "amount"), ("bucket", "description", "target"), _HOLDERS),
-    "DEBIT": _Shape(("asset_id", "amount"), ("bucket", "allow_negative", "description", "target"), _HOLDERS),
-    "TAG": _Shape(("tag",), ("target",), _STATEFUL),
-    "UNTAG": _Shape(("tag",), ("target",), _STATEFUL),
-    "COUNTER": _Shape(("key", "value"), ("reset_after", "target"), _STATEFUL),
-    "SET_ATTRIBUTE": _Shape(("key", "value"), ("target",), _STATEFUL),
+    "CREDIT": _Shape(
+        ("asset_id", "amount"),
+        ("bucket", "description", "reference_id", "expires_at", "matures_at", "hold_until", "target"),
+    ),
+    "DEBIT": _Shape(("asset_id", "amount"), ("bucket", "allow_negative", "description", "reference_id", "target")),
+    "HOLD": _Shape(("asset_id", "amount"), ("description", "reference_id", "hold_until", "target")),
+    "RELEASE": _Shape(("asset_id",), ("amount", "description", "reference_id", "target")),
+    "FORFEIT": _Shape(("asset_id",), ("amount", "bucket", "description", "reference_id", "target")),
+    "VOID_HOLD": _Shape(
+        ("asset_id", "reference_id"),
+        ("description", "target"),
+        {"amount": "a VOID_HOLD takes the whole accrual of its reference and has no amount"},
+    ),
+    "TAG": _Shape(("tag",), ("target",)),
+    "UNTAG": _Shape(("tag",), ("target",)),
+    "COUNTER": _Shape(("key", "value"), ("reset_after", "target")),
+    "SET_ATTRIBUTE": _Shape(("key", "value"), ("target",)),
+    "SCHEDULE_EVENT": _Shape(("event_name", "delay"), ("payload", "target")),
+    "BROADCAST": _Shape(
+        ("event_name",),
+        ("payload",),
+        {"target": "a BROADCAST goes to every active participant of the program and has no target"},
+    ),
 }
 _TYPES = (*_SHAPES, *sorted(not_yet.ACTION_TYPES))
-
-# Every field of the contract's flat schema, with its JSON type. One that a type doesn't use has no effect.
-_FIELDS: dict[str, type] = {
-    "type": str,
-    "asset_id": str,
-    "amount": str,
-    "bucket": str,
-    "allow_negative": bool,
-    "description": str,
-    "reference_id": str,
-    "expires_at": str,
-    "matures_at": str,
-    "hold_until": str,
-    "tag": str,
-    "key": str,
-    "value": str,
-    "reset_after": str,
-    "tier": str,
-    "level": str,
-    "event_name": str,
-    "delay": str,
-    "payload": dict,
-    "target": dict,
-}
-_JSON_NAMES = {str: "string", bool: "boolean", dict: "object"}
 _LOT_FIELDS = ("reference_id", "expires_at", "matures_at")
-_TARGET_FIELDS = ("type", "id", "external_id", "participant_id")
-_PARTICIPANT_FIELDS = ("id", "external_id", "participant_id")
+_EXPRESSION_FIELDS = ("amount", "value", "reference_id", "expires_at", "matures_at", "hold_until")
+_TARGET_EXPRESSION_FIELDS = ("id", "external_id", "participant_id")
 
 
 def parse_actions(raw_actions: Sequence[Any]) -> tuple[Action, ...]:
@@ -134,6 +124,10 @@ def parse_actions(raw_actions: Sequence[Any]) -> tuple[Action, ...]:
     if sum(_expression_chars(raw) for raw in raw_actions) > EXPRESSION_CHARS_PER_RULE:
         message = f"the expressions of a rule's actions have at most {EXPRESSION_CHARS_PER_RULE:,} characters together"
         raise _refusal([Problem("actions", message, expected="shorter expressions")])
+    if len(json.dumps(list(raw_actions))) > limits.ACTIONS_BYTES_PER_RULE:
+        # Every version of a rule is kept, and a process holds the rules of many programs.
+        message = f"a rule's actions have at most {limits.ACTIONS_BYTES_PER_RULE:,} bytes of JSON together"
+        raise _refusal([Problem("actions", message, expected="smaller payloads")])
     problems: list[Problem] = []
     actions = [_parse_action(index, raw, problems) for index, raw in enumerate(raw_actions)]
     if problems:
@@ -144,25 +138,48 @@ def parse_actions(raw_actions: Sequence[Any]) -> tuple[Action, ...]:
 def _expression_chars(raw: Any) -> int:
     if not isinstance(raw, dict):
         return 0
+    texts = [raw.get(name) for name in _EXPRESSION_FIELDS]
     target = raw.get("target")
-    texts = [raw.get("amount"), raw.get("value")]
     if isinstance(target, dict):
-        texts += [target.get("external_id"), target.get("participant_id")]
+        texts += [target.get(name) for name in _TARGET_EXPRESSION_FIELDS]
     return sum(len(text) for text in texts if isinstance(text, str))
 
 
 async def check_references(tx: Transaction, program_id: UUID, actions: Sequence[Action]) -> None:
-    """Whether a rule of the program may use what the actions name by id; all assets are looked up in one query.
+    """Whether a rule of the program may use the programs and assets that the actions name; two queries at most.
 
-    Raises Refusal: 404 `not_found` for an asset the organization doesn't have, 409 `asset_archived`, 422
-    `asset_not_linked`, 400 `bad_request` for fields that the asset's inventory mode doesn't have and for another
-    program as target.
+    Participants and groups are looked up when an action runs, and fail it where there are none (5.2).
+
+    Raises Refusal: 404 `not_found` for a program or an asset that the organization doesn't have, 409 `asset_archived`,
+    422 `asset_not_linked`, 400 `bad_request` for what only LOT assets have on a SIMPLE one.
     """
-    strangers = [
-        a for a in actions if a.target and a.target.type == "PROGRAM" and a.target.id not in (None, program_id)
+    await _check_programs(tx, program_id, actions)
+    await _check_assets(tx, program_id, actions)
+
+
+async def _check_programs(tx: Transaction, program_id: UUID, actions: Sequence[Action]) -> None:
+    foreign = {
+        action.index: action.target.id
+        for action in actions
+        if action.target is not None and action.target.type == "PROGRAM" and action.target.id not in (None, program_id)
+    }
+    if not foreign:
+        return
+    found = await tx.rows(
+        "select id from program where organization_id = %s and id = any(%s)",
+        [tx.organization_id, list(set(foreign.values()))],
+    )
+    known = {row["id"] for row in found}
+    problems = [
+        Problem(f"actions[{index}].target.id", "program not found", received=str(target_id))
+        for index, target_id in foreign.items()
+        if target_id not in known
     ]
-    if strangers:
-        raise _refusal([Problem(f"actions[{a.index}].target.id", not_yet.OTHER_PROGRAMS) for a in strangers])
+    if problems:
+        raise Refusal("not_found", "program not found", problems)
+
+
+async def _check_assets(tx: Transaction, program_id: UUID, actions: Sequence[Action]) -> None:
     asset_ids = sorted({action.asset_id for action in actions if action.asset_id is not None})
     if not asset_ids:
         return
@@ -198,14 +215,17 @@ def _refuse_assets(actions: Sequence[Action], code: str, message: str, is_wrong:
 
 
 def _mode_problems(action: Action, inventory_mode: str) -> list[Problem]:
+    if inventory_mode != "SIMPLE":
+        return []
     path = f"actions[{action.index}]"
-    lot_fields = [name for name in _LOT_FIELDS if action.raw.get(name) is not None]
-    if inventory_mode == "SIMPLE":
-        message = "{} needs an asset of inventory_mode LOT"
-        return [Problem(f"{path}.{name}", message.format(name), received=action.raw[name]) for name in lot_fields]
-    problems = [Problem(f"{path}.{name}", not_yet.message(name), received=action.raw[name]) for name in lot_fields]
-    if action.type in not_yet.LOT_ACTION_TYPES:
-        problems.append(Problem(f"{path}.asset_id", not_yet.message(f"{action.type} actions on LOT assets")))
+    message = "{} needs an asset of inventory_mode LOT"
+    problems = [
+        Problem(f"{path}.{name}", message.format(name), received=action.raw[name])
+        for name in _LOT_FIELDS
+        if getattr(action, name) is not None
+    ]
+    if action.type == "VOID_HOLD":
+        problems.insert(0, Problem(f"{path}.asset_id", message.format("VOID_HOLD"), received=action.raw["asset_id"]))
     return problems
 
 
@@ -213,24 +233,8 @@ def _refusal(problems: Sequence[Problem]) -> Refusal:
     return Refusal("bad_request", "Invalid request parameters", problems[:PROBLEMS_REPORTED])
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A value somewhere in an action, and the list that takes what is wrong with it."""
-
-    path: str
-    action_type: str
-    value: Any
-    problems: list[Problem]
-
-    def wrong(self, message: str, expected: str = "<any>", reason: str = "invalid") -> None:
-        self.problems.append(Problem(self.path, message, reason, expected, self.value))
-
-    def within(self, name: str, value: Any) -> "_Place":
-        return replace(self, path=f"{self.path}.{name}", value=value)
-
-
 def _parse_action(index: int, raw: Any, problems: list[Problem]) -> Action | None:
-    place = _Place(f"actions[{index}]", "", raw, problems)
+    place = Place(f"actions[{index}]", "", raw, problems)
     if len(problems) >= PROBLEMS_REPORTED:
         return None
     if not isinstance(raw, dict):
@@ -242,24 +246,25 @@ def _parse_action(index: int, raw: Any, problems: list[Problem]) -> Action | Non
     if shape is None:
         return None
     place = replace(place, action_type=raw["type"])
-    _check_hold_until(place, raw)
+    _check_misplaced(place, raw, shape)
     fields = _read_fields(place, raw, shape)
+    _check_order_of_terms(place, raw, fields)
     if len(problems) > known_before:
         return None
     return Action(index=index, type=raw["type"], raw=raw, **fields)
 
 
-def _check_kinds(place: _Place, raw: dict[str, Any]) -> None:
+def _check_kinds(place: Place, raw: dict[str, Any]) -> None:
     """Unknown fields, and known ones of another JSON type, whether or not this type of action uses them."""
     for name, value in raw.items():
-        kind = _FIELDS.get(name)
+        kind = FIELDS.get(name)
         if kind is None:
             place.within(name[:100], value).wrong("unknown field")
         elif value is not None and not isinstance(value, kind):
-            place.within(name, value).wrong(f"must be a JSON {_JSON_NAMES[kind]}", _JSON_NAMES[kind])
+            place.within(name, value).wrong(f"must be a JSON {JSON_NAMES[kind]}", JSON_NAMES[kind])
 
 
-def _shape(place: _Place, raw: dict[str, Any]) -> _Shape | None:
+def _shape(place: Place, raw: dict[str, Any]) -> _Shape | None:
     action_type = raw.get("type")
     type_place = place.within("type", action_type)
     if action_type is None:
@@ -275,181 +280,37 @@ def _shape(place: _Place, raw: dict[str, Any]) -> _Shape | None:
     return None
 
 
-def _check_hold_until(place: _Place, raw: dict[str, Any]) -> None:
-    # The one field that is refused where it has no meaning: ignored, it would leave a hold without an end.
-    if raw.get("hold_until") is not None:
-        place.within("hold_until", raw["hold_until"]).wrong("hold_until goes with HOLD and with CREDIT into HELD only")
+def _check_misplaced(place: Place, raw: dict[str, Any], shape: _Shape) -> None:
+    """Fields that are refused where they have no meaning: ignored, they would change what happens to value."""
+    into_held = raw.get("bucket") == "HELD"
+    messages = dict(shape.refused)
+    if not (place.action_type == "HOLD" or (place.action_type == "CREDIT" and into_held)):
+        messages["hold_until"] = "hold_until goes with HOLD and with CREDIT into HELD only"
+    if place.action_type == "CREDIT" and into_held:
+        messages["matures_at"] = "value in HELD does not mature"
+    if place.action_type == "DEBIT" and into_held and raw.get("allow_negative") is True:
+        messages["allow_negative"] = "a debit from HELD cannot go below zero"
+    for name, message in messages.items():
+        if raw.get(name) is not None:
+            place.within(name, raw[name]).wrong(message, "absent")
 
 
-def _read_fields(place: _Place, raw: dict[str, Any], shape: _Shape) -> dict[str, Any]:
+def _read_fields(place: Place, raw: dict[str, Any], shape: _Shape) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name in (*shape.required, *shape.optional):
         value = raw.get(name)
-        field = place.within(name, value)
+        field_place = place.within(name, value)
         if value is None and name in shape.required:
-            field.wrong("This field is required", _JSON_NAMES[_FIELDS[name]], "required")
-        elif value is not None and isinstance(value, _FIELDS[name]):
-            fields[name] = _READERS[name](field)
+            field_place.wrong("This field is required", JSON_NAMES[FIELDS[name]], "required")
+        elif value is not None and isinstance(value, FIELDS[name]):
+            fields[name] = read_field(name, field_place)
     return fields
 
 
-def _read_uuid(field: _Place) -> UUID | None:
-    try:
-        found = UUID(field.value)
-    except ValueError:
-        found = None
-    # UUID() also takes braces, URNs and digits without hyphens.
-    if found is None or str(found) != field.value.lower():
-        field.wrong("must be a UUID", "uuid")
-        return None
-    return found
-
-
-def _read_expression(field: _Place) -> Expression | None:
-    try:
-        return compile_expression(field.value)
-    except ExpressionError as error:
-        field.wrong(f"invalid CEL: {error}", "CEL expression")
-        return None
-
-
-def _read_number(field: _Place) -> Expression | None:
-    """A decimal literal, also in the forms that CEL doesn't write (`+10`, `10.`), or an expression."""
-    literal = money.parse_number(field.value.strip())
-    return _read_expression(field if literal is None else replace(field, value=format(literal, "f")))
-
-
-def _read_bucket(field: _Place) -> str:
-    if field.value in not_yet.BUCKETS:
-        field.wrong(not_yet.message(f"actions on the {field.value} bucket"), "AVAILABLE")
-    elif field.value != "AVAILABLE":
-        field.wrong("unknown bucket", "AVAILABLE | HELD")
-    return str(field.value)
-
-
-def _read_as_is(field: _Place) -> Any:
-    return field.value
-
-
-def _read_description(field: _Place) -> str:
-    return _read_text(field, field.value, DESCRIPTION_CHARS, shortest=0)
-
-
-def _read_tag(field: _Place) -> str:
-    return _read_text(field, field.value.lower(), limits.STATE_KEY_CHARS)
-
-
-def _read_key(field: _Place) -> str:
-    return _read_text(field, field.value, limits.STATE_KEY_CHARS)
-
-
-def _read_text(field: _Place, text: str, longest: int, shortest: int = 1) -> str:
-    if not shortest <= len(text) <= longest:
-        field.wrong(f"must have {shortest} to {longest} characters", f"string of {shortest} to {longest} characters")
-    return text
-
-
-# Texts that would compile and are meant as they stand: dates and phone numbers would come out as differences
-# (`2024-01-15` is 2008), single words name whole maps (`group`) or types (`string`). `now` alone is worth evaluating.
-_PLAIN_ATTRIBUTE = re.compile(r"[\d\s.:/+-]+|(?!now$)[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-
-
-def _read_value(field: _Place) -> Expression | str | None:
-    if field.action_type == "COUNTER":
-        return _read_number(field)
-    text = _read_text(field, field.value, limits.ATTRIBUTE_CHARS)
-    if _PLAIN_ATTRIBUTE.fullmatch(text):
-        return text
-    try:
-        return compile_expression(text)
-    except ExpressionError:
-        return text
-
-
-def _read_reset_after(field: _Place) -> str:
-    if field.value == "":
-        return ""
-    try:
-        if parse_duration(field.value).total_seconds() <= 0:
-            field.wrong("must be a positive duration", "duration")
-    except ValueError as error:
-        field.wrong(str(error), "duration")
-    return str(field.value)
-
-
-def _read_target(field: _Place) -> Target | None:
-    raw: dict[str, Any] = field.value
-    _check_target_kinds(field, raw)
-    target_type = raw.get("type")
-    if not _check_target_type(field.within("type", target_type), target_type):
-        return None
-    named = [name for name in _PARTICIPANT_FIELDS if raw.get(name) is not None]
-    if target_type == "PROGRAM":
-        return _read_program_target(field, raw, named)
-    if len(named) != 1:
-        field.wrong(
-            "a PARTICIPANT target takes exactly one of id, external_id and participant_id",
-            "exactly one of id, external_id, participant_id",
-            "invalid" if named else "required",
-        )
-        return None
-    return _read_participant_target(field.within(named[0], raw[named[0]]), named[0])
-
-
-def _check_target_kinds(field: _Place, raw: dict[str, Any]) -> None:
-    for name, value in raw.items():
-        if name not in _TARGET_FIELDS:
-            field.within(name[:100], value).wrong("unknown field")
-        elif value is not None and not isinstance(value, str):
-            field.within(name, value).wrong("must be a JSON string", "string")
-
-
-def _check_target_type(field: _Place, target_type: Any) -> bool:
-    allowed = _SHAPES[field.action_type].targets
-    expected = " | ".join(sorted(allowed))
-    if target_type is None:
-        field.wrong("This field is required", expected, "required")
-    elif not isinstance(target_type, str):
-        return False  # _check_target_kinds has said so
-    elif target_type not in _STATEFUL:
-        field.wrong("unknown target type", expected)
-    elif target_type not in allowed:
-        field.wrong(f"{field.action_type} cannot target a {target_type}", expected)
-    elif target_type in not_yet.TARGET_TYPES:
-        field.wrong(not_yet.message(f"{target_type} targets"))
-    else:
-        return True
-    return False
-
-
-def _read_program_target(field: _Place, raw: dict[str, Any], named: list[str]) -> Target:
-    for name in named:
-        if name != "id":
-            field.within(name, raw[name]).wrong("names a participant, but the target is a PROGRAM", "absent")
-    program_id = _read_uuid(field.within("id", raw["id"])) if isinstance(raw.get("id"), str) else None
-    return Target("PROGRAM", program_id, None, None)
-
-
-def _read_participant_target(field: _Place, name: str) -> Target | None:
-    if not isinstance(field.value, str):
-        return None  # _check_target_kinds has said so
-    if name == "id":
-        return Target("PARTICIPANT", _read_uuid(field), None, None)
-    expression = _read_expression(field)
-    if name == "external_id":
-        return Target("PARTICIPANT", None, expression, None)
-    return Target("PARTICIPANT", None, None, expression)
-
-
-_READERS: dict[str, Callable[[_Place], Any]] = {
-    "asset_id": _read_uuid,
-    "amount": _read_number,
-    "bucket": _read_bucket,
-    "allow_negative": _read_as_is,
-    "description": _read_description,
-    "tag": _read_tag,
-    "key": _read_key,
-    "value": _read_value,
-    "reset_after": _read_reset_after,
-    "target": _read_target,
-}
+def _check_order_of_terms(place: Place, raw: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """A lot that expires before it matures, where both ends are known already."""
+    expires_at: Any = fields.get("expires_at")
+    matures_at: Any = fields.get("matures_at")
+    is_known = any(all(isinstance(term, kind) for term in (expires_at, matures_at)) for kind in (timedelta, datetime))
+    if is_known and expires_at <= matures_at:
+        place.within("expires_at", raw["expires_at"]).wrong("must be later than matures_at", "a later time")

@@ -5,7 +5,7 @@ participant is what the caller says, parts left out are empty; program and group
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -14,6 +14,8 @@ from uuid import UUID
 from db.session import Transaction
 from db.tables import Rule
 from domain import money
+from domain.clock import format_timestamp
+from domain.durations import format_duration
 from domain.errors import Refusal
 from domain.rules import results
 from domain.rules.actions import Action, parse_actions
@@ -111,21 +113,53 @@ class _Run:
         except results.BadResult as error:
             return {"error": f"action {action.type} failed: {error}"}
 
-    def _movement(self, action: Action, verb: str, preposition: str) -> Result:
-        assert action.asset_id is not None, "checked when the rule was saved"
-        asset = self.assets[action.asset_id]
-        amount = money.format_amount(results.amount(action, self.activation, asset.scale), asset.scale)
-        return {
-            "amount": amount,
-            "asset_symbol": asset.symbol,
-            "description": f"{verb} {amount} {asset.symbol} {preposition} {self._whom(action)}",
-        }
-
     def _credit(self, action: Action) -> Result:
         return self._movement(action, "Credit", "to")
 
     def _debit(self, action: Action) -> Result:
         return self._movement(action, "Debit", "from")
+
+    def _hold(self, action: Action) -> Result:
+        return self._movement(action, "Hold", "of")
+
+    def _release(self, action: Action) -> Result:
+        return self._movement(action, "Release", "of")
+
+    def _forfeit(self, action: Action) -> Result:
+        return self._movement(action, "Forfeit", "of")
+
+    def _void_hold(self, action: Action) -> Result:
+        return {"error": "VOID_HOLD is not supported in simulation"}
+
+    def _movement(self, action: Action, verb: str, preposition: str) -> Result:
+        """A balance action; `amount` is absent where everything that matches is meant."""
+        assert action.asset_id is not None, "checked when the rule was saved"
+        asset = self.assets[action.asset_id]
+        shown: Result = {"asset_symbol": asset.symbol}
+        what = "all held" if action.bucket == "HELD" or action.type == "RELEASE" else "all"
+        if action.amount is not None:
+            what = money.format_amount(results.amount(action, self.activation, asset.scale), asset.scale)
+            shown["amount"] = what
+        terms = "".join(f", {term}" for term in self._terms(action))
+        shown["description"] = f"{verb} {what} {asset.symbol} {preposition} {self._whom(action)}{terms}"
+        return shown
+
+    def _terms(self, action: Action) -> Iterator[str]:
+        """What a balance action says beside asset, amount and holder, counted from now."""
+        now = self.activation.now
+        if action.bucket == "HELD":
+            yield "in HELD"
+        reference = results.reference(action, self.activation)
+        if reference is not None:
+            yield f"reference {reference}"
+        expires_at, matures_at = results.lot_terms(action, self.activation, now)
+        if matures_at is not None:
+            yield f"matures {format_timestamp(matures_at)}"
+        if expires_at is not None:
+            yield f"expires {format_timestamp(expires_at)}"
+        if action.hold_until is not None:
+            held_until = results.instant(action.hold_until, "hold_until", self.activation, now)
+            yield f"held until {format_timestamp(held_until)}"
 
     def _counter(self, action: Action) -> Result:
         assert action.key is not None, "checked when the rule was saved"
@@ -161,20 +195,36 @@ class _Run:
             shown |= {"current_value": current, "would_change": current != value}
         return shown
 
+    def _schedule_event(self, action: Action) -> Result:
+        assert action.delay is not None, "checked when the rule was saved"
+        delay = format_duration(action.delay)
+        return {"description": f"Schedule event {action.event_name} for {self._whom(action)} in {delay}"}
+
+    def _broadcast(self, action: Action) -> Result:
+        return {"description": f"Broadcast event {action.event_name} to every active participant of program"}
+
     def _whom(self, action: Action) -> str:
         target = action.target
         if target is None:
             return "participant"
         if target.type == "PROGRAM":
-            return "program"
+            return "program" if target.id is None else f"program {target.id}"
+        if target.type == "GROUP":
+            return f"group {results.group_id(target, self.activation)}"
         return f"participant {target.id or results.target_text(target, self.activation)}"
 
 
 _RESULTS: dict[str, Callable[[_Run, Action], Result]] = {
     "CREDIT": _Run._credit,
     "DEBIT": _Run._debit,
+    "HOLD": _Run._hold,
+    "RELEASE": _Run._release,
+    "FORFEIT": _Run._forfeit,
+    "VOID_HOLD": _Run._void_hold,
     "TAG": _Run._tag,
     "UNTAG": _Run._untag,
     "COUNTER": _Run._counter,
     "SET_ATTRIBUTE": _Run._set_attribute,
+    "SCHEDULE_EVENT": _Run._schedule_event,
+    "BROADCAST": _Run._broadcast,
 }

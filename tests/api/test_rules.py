@@ -16,7 +16,7 @@ from db.session import Database
 from db.tables import Asset, ProgramAsset
 from domain import limits
 from domain.ids import new_id
-from domain.rules import actions, store
+from domain.rules import fields, store
 from domain.rules.store import ORDER_MAX
 from tests.conftest import SettableClock, Tenant
 
@@ -200,7 +200,7 @@ async def test_a_missing_field_is_required(client: httpx.AsyncClient, program_id
         ("active_to", 1767225600),
         ("status", "ARCHIVED"),
         ("status", "active"),
-        ("budgets", [{"asset_id": str(new_id()), "limit": "10000.00"}]),
+        ("budgets", {}),
     ],
 )
 async def test_a_wrong_field_is_named(client: httpx.AsyncClient, program_id: str, field: str, value: Any) -> None:
@@ -285,8 +285,8 @@ async def test_there_is_no_delete(client: httpx.AsyncClient, new_rule: NewRule) 
 
 
 def test_the_documented_fields_of_an_action_are_those_that_are_read() -> None:
-    assert set(ACTION_FIELDS) == set(actions._FIELDS)
-    assert set(TARGET_FIELDS) == set(actions._TARGET_FIELDS)
+    assert set(ACTION_FIELDS) == set(fields.FIELDS)
+    assert set(TARGET_FIELDS) == set(fields.TARGET_FIELDS)
 
 
 # --- assets in actions ------------------------------------------------------------------------------------------------
@@ -324,41 +324,124 @@ async def test_an_asset_of_another_organization_is_unknown(
     assert_refused(answer, 404, "not_found", "actions[0].asset_id")
 
 
-@pytest.mark.parametrize("field", ["expires_at", "matures_at", "reference_id"])
-async def test_lot_fields_on_a_simple_asset_are_refused(
-    client: httpx.AsyncClient, program_id: str, new_asset: NewAsset, field: str
+@pytest.mark.parametrize(
+    ("field", "value"), [("expires_at", "8760h"), ("matures_at", "720h"), ("reference_id", "event.auth")]
+)
+async def test_lot_fields_need_a_lot_asset(
+    client: httpx.AsyncClient, program_id: str, new_asset: NewAsset, new_rule: NewRule, field: str, value: str
+) -> None:  # 5.5
+    on_simple = credit(await new_asset(), **{field: value})
+    on_lots = credit(await new_asset("MILES", inventory_mode="LOT"), **{field: value})
+
+    answer = await client.post("/rules", json=rule_body(program_id, actions=[TAG, on_simple]))
+
+    assert_refused(answer, 400, "bad_request", f"actions[1].{field}")
+    assert (await new_rule(actions=[on_lots]))["actions"] == [on_lots]
+
+
+@pytest.mark.parametrize("action_type", ["CREDIT", "DEBIT", "HOLD", "RELEASE", "FORFEIT", "VOID_HOLD"])
+async def test_a_reference_needs_a_lot_asset_whatever_the_action(
+    client: httpx.AsyncClient, program_id: str, new_asset: NewAsset, action_type: str
 ) -> None:
-    body = rule_body(program_id, actions=[credit(await new_asset(), **{field: "8760h"})])
+    """On a SIMPLE asset a release "by reference" would silently release everything."""
+    action = {"type": action_type, "asset_id": await new_asset(), "reference_id": "event.auth"}
+    amount = {} if action_type == "VOID_HOLD" else {"amount": "1"}
 
-    assert_refused(await client.post("/rules", json=body), 400, "bad_request", f"actions[0].{field}")
+    answer = await client.post("/rules", json=rule_body(program_id, actions=[action | amount]))
+
+    refused = assert_refused(answer, 400, "bad_request")
+    assert "actions[0].reference_id" in [problem["field"] for problem in refused["details"]["fields"]]
 
 
-async def test_a_credit_makes_lots_and_their_terms_wait_for_a_later_version(
-    client: httpx.AsyncClient, program_id: str, new_asset: NewAsset
+async def test_void_hold_needs_a_lot_asset(client: httpx.AsyncClient, program_id: str, new_asset: NewAsset) -> None:
+    action = {"type": "VOID_HOLD", "asset_id": await new_asset(), "reference_id": "event.auth"}
+
+    answer = await client.post("/rules", json=rule_body(program_id, actions=[action]))
+
+    assert_refused(answer, 400, "bad_request", "actions[0].asset_id")
+
+
+async def test_a_field_that_the_type_does_not_use_has_no_effect_on_a_simple_asset_either(
+    new_asset: NewAsset, new_rule: NewRule
+) -> None:  # 5.1
+    action = credit(await new_asset(), expires_at="8760h") | {"type": "DEBIT"}
+
+    assert (await new_rule(actions=[action]))["actions"] == [action]
+
+
+async def test_hold_until_serves_simple_and_lot_assets_alike(new_asset: NewAsset, new_rule: NewRule) -> None:  # 5.7
+    for mode in ("SIMPLE", "LOT"):
+        asset_id = await new_asset(mode, inventory_mode=mode)
+        actions = [
+            credit(asset_id, hold_until="72h") | {"type": "HOLD"},
+            credit(asset_id, bucket="HELD", hold_until="event.settled_at"),
+        ]
+        assert (await new_rule(actions=actions))["actions"] == actions
+
+
+@pytest.mark.parametrize(
+    ("action", "field"),
+    [
+        ({"type": "CREDIT", "amount": "1", "hold_until": "72h"}, "hold_until"),
+        ({"type": "CREDIT", "amount": "1", "bucket": "HELD", "hold_until": "soon"}, "hold_until"),
+        ({"type": "CREDIT", "amount": "1", "bucket": "HELD", "matures_at": "24h"}, "matures_at"),
+        ({"type": "CREDIT", "amount": "1", "expires_at": "1 year"}, "expires_at"),
+        ({"type": "DEBIT", "amount": "1", "bucket": "HELD", "allow_negative": True}, "allow_negative"),
+        ({"type": "HOLD"}, "amount"),
+        ({"type": "RELEASE", "hold_until": "72h"}, "hold_until"),
+        ({"type": "VOID_HOLD"}, "reference_id"),
+        ({"type": "VOID_HOLD", "reference_id": "event.auth", "amount": "1"}, "amount"),
+        ({"type": "FORFEIT", "target": {"type": "PROGRAM"}}, "target.type"),
+        ({"type": "SCHEDULE_EVENT", "event_name": "x", "delay": "1 day"}, "delay"),
+        ({"type": "SCHEDULE_EVENT", "event_name": "x", "delay": "8785h"}, "delay"),
+        ({"type": "SCHEDULE_EVENT", "event_name": "x", "delay": "1h", "payload": {"a": "x" * 65_536}}, "payload"),
+        ({"type": "BROADCAST", "event_name": "x" * 256}, "event_name"),
+        ({"type": "BROADCAST", "event_name": "x", "target": {"type": "PROGRAM"}}, "target"),
+        ({"type": "SET_TIER", "tier": "status", "level": "gold"}, "type"),
+    ],
+)
+async def test_a_wrong_action_is_refused_under_the_name_of_its_field(
+    client: httpx.AsyncClient, program_id: str, new_asset: NewAsset, action: dict[str, Any], field: str
+) -> None:  # 5.17
+    asset_id = await new_asset(inventory_mode="LOT")
+
+    answer = await client.post("/rules", json=rule_body(program_id, actions=[TAG, {"asset_id": asset_id} | action]))
+
+    assert_refused(answer, 400, "bad_request", f"actions[1].{field}")
+
+
+async def test_a_patch_checks_actions_in_the_same_way(
+    client: httpx.AsyncClient, new_asset: NewAsset, new_rule: NewRule
 ) -> None:
-    lots = await new_asset(inventory_mode="LOT")
-    accepted = await client.post("/rules", json=rule_body(program_id, actions=[credit(lots)]))
-    assert accepted.status_code == 201, accepted.text
+    path = f"/rules/{(await new_rule())['id']}"
+    held = credit(await new_asset(), bucket="HELD")
 
-    for field in ("expires_at", "matures_at", "reference_id"):
-        body = rule_body(program_id, actions=[credit(lots, **{field: "8760h"})])
-        refused = assert_refused(await client.post("/rules", json=body), 400, "bad_request", f"actions[0].{field}")
-        assert "yet" in refused["details"]["fields"][0]["message"]
-    body = rule_body(program_id, actions=[{**credit(lots), "type": "DEBIT"}])
-    assert_refused(await client.post("/rules", json=body), 400, "bad_request", "actions[0].asset_id")
+    wrong = await client.patch(path, json={"actions": [held | {"matures_at": "24h"}]})
+    right = await client.patch(path, json={"actions": [held | {"hold_until": "24h"}]})
+
+    assert_refused(wrong, 400, "bad_request", "actions[0].matures_at")
+    assert right.json()["actions"] == [held | {"hold_until": "24h"}]
 
 
-async def test_a_program_target_is_the_rules_own_program(
-    client: httpx.AsyncClient, program_id: str, new_rule: NewRule
+async def test_a_program_target_is_any_program_of_the_organization(
+    client: httpx.AsyncClient, other_client: httpx.AsyncClient, program_id: str, new_rule: NewRule
 ) -> None:
-    await new_rule(actions=[TAG | {"target": {"type": "PROGRAM", "id": program_id}}])
     other = (await client.post("/programs", json={"name": "Other"})).json()["id"]
+    theirs = (await other_client.post("/programs", json={"name": "Theirs"})).json()["id"]
 
-    answer = await client.post(
-        "/rules", json=rule_body(program_id, actions=[TAG | {"target": {"type": "PROGRAM", "id": other}}])
-    )
+    def tag_on(target_id: str) -> dict[str, Any]:
+        return TAG | {"target": {"type": "PROGRAM", "id": target_id}}
 
-    assert_refused(answer, 400, "bad_request", "actions[0].target.id")
+    await new_rule(actions=[tag_on(program_id), tag_on(other)])
+
+    for unknown in (theirs, str(new_id())):
+        answer = await client.post("/rules", json=rule_body(program_id, actions=[tag_on(other), tag_on(unknown)]))
+        assert_refused(answer, 404, "not_found", "actions[1].target.id")
+
+
+async def test_groups_and_participants_are_looked_up_when_the_action_runs(new_rule: NewRule) -> None:  # 5.2
+    for target_type in ("GROUP", "PARTICIPANT"):
+        await new_rule(actions=[TAG | {"target": {"type": target_type, "id": str(new_id())}}])
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -522,7 +605,7 @@ async def test_a_patch_changes_at_least_one_field(
         ("actions", [TAG, {"type": "TAG", "tag": "x", "expires_att": "1h"}], "actions[1].expires_att"),
         ("actions", [credit(str(new_id()), "event.")], "actions[0].amount"),
         ("order", 0, "order"),
-        ("budgets", [{}], "budgets"),
+        ("budgets", [{}], "budgets[0].asset_id"),
         ("status", "DELETED", "status"),
         ("active_to", "2026-13-01T00:00:00Z", "active_to"),
     ],
@@ -928,6 +1011,93 @@ async def test_projections_are_shown_for_the_events_participant_only(
     ]
 
 
+async def test_every_balance_action_says_what_it_would_do(
+    client: httpx.AsyncClient, new_asset: NewAsset, new_rule: NewRule, clock: SettableClock
+) -> None:  # 8.1
+    clock.set("2026-03-01T12:00:00+00:00")
+    of: dict[str, Any] = {"asset_id": await new_asset("MILES", 2, inventory_mode="LOT")}
+    group_id = str(new_id())
+    expected: list[tuple[dict[str, Any], str]] = [
+        (
+            {"type": "CREDIT", "amount": "event.amount", "expires_at": "48h", "matures_at": "event.settled_at"},
+            "Credit 7.50 MILES to participant, matures 2026-03-02T00:00:00Z, expires 2026-03-03T12:00:00Z",
+        ),
+        (
+            {"type": "CREDIT", "amount": "5", "bucket": "HELD", "reference_id": "event.auth", "hold_until": "now"},
+            "Credit 5.00 MILES to participant, in HELD, reference auth_1, held until 2026-03-01T12:00:00Z",
+        ),
+        ({"type": "DEBIT", "amount": "5", "bucket": "HELD"}, "Debit 5.00 MILES from participant, in HELD"),
+        (
+            {"type": "HOLD", "amount": "5", "reference_id": "event.auth", "hold_until": "1h30m"},
+            "Hold 5.00 MILES of participant, reference auth_1, held until 2026-03-01T13:30:00Z",
+        ),
+        ({"type": "RELEASE", "amount": "5"}, "Release 5.00 MILES of participant"),
+        ({"type": "RELEASE"}, "Release all held MILES of participant"),
+        (
+            {"type": "RELEASE", "reference_id": "event.auth", "target": {"type": "GROUP", "id": "event.group"}},
+            f"Release all held MILES of group {group_id}, reference auth_1",
+        ),
+        ({"type": "FORFEIT", "amount": "event.amount"}, "Forfeit 7.50 MILES of participant"),
+        ({"type": "FORFEIT"}, "Forfeit all MILES of participant"),
+        ({"type": "FORFEIT", "bucket": "HELD"}, "Forfeit all held MILES of participant, in HELD"),
+    ]
+    rule = await new_rule(actions=[of | action for action, _ in expected])
+    event = {"type": "purchase", "amount": 7.5, "auth": "auth_1", "group": group_id, "settled_at": "2026-03-02"}
+
+    evaluation = await simulate(client, rule, event)
+
+    results = [item["result"] for item in evaluation["results"]]
+    assert [result["description"] for result in results] == [description for _, description in expected]
+    assert {result["asset_symbol"] for result in results} == {"MILES"}
+    assert [result.get("amount") for result in results] == [
+        *("7.50", "5.00", "5.00", "5.00", "5.00", None, None, "7.50", None, None)
+    ]
+    assert all("amount" in result or "all" in result["description"] for result in results)
+
+
+async def test_events_to_be_made_are_described(client: httpx.AsyncClient, new_rule: NewRule) -> None:
+    friend = {"type": "PARTICIPANT", "external_id": "event.friend"}
+    scheduled = {"type": "SCHEDULE_EVENT", "event_name": "check_status", "delay": "36h", "payload": {"n": 1}}
+    rule = await new_rule(
+        actions=[scheduled, scheduled | {"target": friend}, {"type": "BROADCAST", "event_name": "news"}]
+    )
+
+    evaluation = await simulate(client, rule, {"type": "purchase", "friend": "user_2"})
+
+    assert [item["result"] for item in evaluation["results"]] == [
+        {"description": "Schedule event check_status for participant in 36h"},
+        {"description": "Schedule event check_status for participant user_2 in 36h"},
+        {"description": "Broadcast event news to every active participant of program"},
+    ]
+
+
+async def test_void_hold_is_not_simulated(client: httpx.AsyncClient, new_asset: NewAsset, new_rule: NewRule) -> None:
+    asset_id = await new_asset(inventory_mode="LOT")
+    rule = await new_rule(actions=[{"type": "VOID_HOLD", "asset_id": asset_id, "reference_id": "event.auth"}, TAG])
+
+    evaluation = await simulate(client, rule, {"type": "purchase", "auth": "auth_1"})
+
+    voided, tagged = (item["result"] for item in evaluation["results"])
+    assert voided == {"error": "VOID_HOLD is not supported in simulation"}
+    assert tagged["would_add"] is True
+
+
+async def test_state_of_groups_and_programs_is_described_but_not_projected(
+    client: httpx.AsyncClient, new_rule: NewRule
+) -> None:
+    other = (await client.post("/programs", json={"name": "Other"})).json()["id"]
+    group_id = str(new_id())
+    targets = [{"type": "GROUP", "id": group_id}, {"type": "PROGRAM", "id": other}]
+    rule = await new_rule(actions=[TAG | {"target": target} for target in targets])
+
+    evaluation = await simulate(client, rule, {"type": "purchase"})
+
+    assert [item["result"] for item in evaluation["results"]] == [
+        {"description": f"Add tag vip to group {group_id}"},
+        {"description": f"Add tag vip to program {other}"},
+    ]
+
+
 @pytest.mark.parametrize(
     ("amount", "cause"),
     [
@@ -963,11 +1133,33 @@ async def test_counters_and_targets_that_cannot_be_computed_are_errors_too(
         {"type": "SET_ATTRIBUTE", "key": "k", "value": "[event.amount]"},
         {"type": "SET_ATTRIBUTE", "key": "k", "value": "event.empty"},
         TAG | {"target": {"type": "PARTICIPANT", "external_id": "event.amount"}},
+        TAG | {"target": {"type": "GROUP", "id": "event.type"}},
     ]
 
     evaluation = await simulate(client, await new_rule(actions=actions), {"type": "purchase", "amount": 1, "empty": ""})
 
-    assert [list(item["result"]) for item in evaluation["results"]] == [["error"]] * 5
+    assert [list(item["result"]) for item in evaluation["results"]] == [["error"]] * 6
+
+
+@pytest.mark.parametrize(
+    ("terms", "cause"),
+    [
+        ({"reference_id": "event.amount"}, "reference_id is not a string"),
+        ({"expires_at": "event.amount"}, "expires_at gives neither a time nor a duration"),
+        ({"expires_at": "2020-01-01T00:00:00Z"}, "expires_at is not in the future"),
+        ({"bucket": "HELD", "hold_until": "event.nothing"}, "hold_until: no such field: nothing"),
+    ],
+)
+async def test_terms_that_would_fail_the_action_fail_its_simulation(
+    client: httpx.AsyncClient, new_asset: NewAsset, new_rule: NewRule, terms: dict[str, str], cause: str
+) -> None:
+    asset_id = await new_asset(inventory_mode="LOT")
+
+    evaluation = await simulate(
+        client, await new_rule(actions=[credit(asset_id, **terms)]), {"type": "purchase", "amount": 1}
+    )
+
+    assert [item["result"] for item in evaluation["results"]] == [{"error": f"action CREDIT failed: {cause}"}]
 
 
 async def test_only_the_condition_decides(client: httpx.AsyncClient, new_rule: NewRule, clock: SettableClock) -> None:
