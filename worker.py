@@ -10,16 +10,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 from temporalio.client import Client
 from temporalio.service import RPCError
 from temporalio.worker import Worker
 
+from activities.broadcasts import AutomationActivities, FanOutActivities
 from activities.events import EventActivities
 from activities.holds import DueHoldActivities, HoldActivities
 from activities.ledger import LedgerActivities
+from activities.redemptions import RedemptionActivities
 from activities.threads import ThreadDatabases
 from activities.upkeep import ReconcileActivities, ReconcileReport, UpkeepActivities
+from api.waker import Waker
 from db.session import Database, DatabaseUnavailable
 from domain import limits
 from domain.clock import Clock, system_clock
@@ -27,12 +31,21 @@ from domain.events.retries import RetryPolicy
 from domain.logs import configure_logging
 from settings import Settings, get_settings
 from workflows import queues
+from workflows.broadcasts import Broadcasts
 from workflows.event_processing import EventProcessing
+from workflows.followers import Followers
 from workflows.gateway import Gateway, connect, register_search_attributes
 from workflows.hold import Hold
 from workflows.hold_ends import HoldEnds
 from workflows.ledger_verification import LedgerVerification, NightlyVerification
-from workflows.reconcile import find_lost_wakes, reconcile, reconcile_holds
+from workflows.reconcile import (
+    find_lost_broadcasts,
+    find_lost_wakes,
+    reconcile,
+    reconcile_broadcasts,
+    reconcile_holds,
+)
+from workflows.redemption import Redemption
 from workflows.schedules import ensure_schedules
 from workflows.upkeep import DriftCheck, Reconcile, Upkeep
 
@@ -40,10 +53,12 @@ logger = logging.getLogger("scrip.worker")
 
 WORKFLOWS: Sequence[type] = (
     EventProcessing,
+    Broadcasts,
     Hold,
     HoldEnds,
     LedgerVerification,
     NightlyVerification,
+    Redemption,
     Upkeep,
     Reconcile,
     DriftCheck,
@@ -56,8 +71,9 @@ class Workers:
     An asynchronous context: it serves from its beginning to its end.
     """
 
-    def __init__(self, database: Database, databases: ThreadDatabases, workers: Sequence[Worker]) -> None:
+    def __init__(self, database: Database, databases: ThreadDatabases, waker: Waker, workers: Sequence[Worker]) -> None:
         self._database = database
+        self._waker = waker
         self._databases = databases
         self._workers = workers
         self._serving = contextlib.AsyncExitStack()
@@ -66,6 +82,7 @@ class Workers:
         """Open the database and poll."""
         await self._database.open()
         self._serving.push_async_callback(self._database.close)
+        self._serving.push_async_callback(self._waker.close)
         for worker in self._workers:
             await self._serving.enter_async_context(worker)
         return self
@@ -77,13 +94,21 @@ class Workers:
 
 
 def build_worker(client: Client, settings: Settings, clock: Clock, executor: ThreadPoolExecutor) -> Workers:
-    """Workers that serve every queue with every workflow and activity. `executor` bounds the drains at once."""
+    """Workers that serve every queue with every workflow and activity. `executor` bounds the drains at once.
+
+    To be called on the event loop that they will run on.
+    """
     url = settings.database_url.get_secret_value()
     databases = ThreadDatabases(url, clock)
-    events = EventActivities(databases, RetryPolicy(settings.max_attempts, settings.retry_schedule_s))
+    gateway = _gateway(client, settings)
+    retries = RetryPolicy(settings.max_attempts, settings.retry_schedule_s)
+    events = EventActivities(databases, retries, Followers(gateway).tell)
     ledger = LedgerActivities(databases)
     due_holds = DueHoldActivities(databases)
     upkeep = UpkeepActivities(databases)
+    database = Database(url, size=settings.database_pool_size, timeout_s=settings.database_pool_timeout_s, clock=clock)
+    waker = Waker(database, gateway)
+    fan_outs = FanOutActivities(databases, _from_any_thread(waker))
     in_threads: list[Any] = [
         events.drain_events,
         events.set_processing_paused,
@@ -92,21 +117,30 @@ def build_worker(client: Client, settings: Settings, clock: Clock, executor: Thr
         ledger.abandon_verification,
         ledger.list_organizations,
         due_holds.end_due,
+        fan_outs.fan_out,
         upkeep.sweep,
         upkeep.maintain,
         upkeep.find_drift,
     ]
-    database = Database(url, size=settings.database_pool_size, timeout_s=settings.database_pool_timeout_s, clock=clock)
     holds = HoldActivities(database)
+    redemptions = RedemptionActivities(database)
     on_the_loop: list[Any] = [
         holds.reserve_hold,
         holds.find_hold,
         holds.end_hold,
-        ReconcileActivities(_reconciler(client, settings, database)).reconcile,
+        redemptions.reserve,
+        redemptions.confirm,
+        redemptions.cancel,
+        redemptions.reverse,
+        redemptions.expire,
+        redemptions.find,
+        AutomationActivities(database).cancel_automation,
+        ReconcileActivities(_reconciler(gateway, database)).reconcile,
     ]
     return Workers(
         database,
         databases,
+        waker,
         [
             Worker(
                 client,
@@ -123,37 +157,51 @@ def build_worker(client: Client, settings: Settings, clock: Clock, executor: Thr
                 workflows=WORKFLOWS,
                 activities=on_the_loop,
                 max_concurrent_activities=4 * settings.database_pool_size,
+                max_concurrent_local_activities=4 * settings.database_pool_size,
                 graceful_shutdown_timeout=timedelta(seconds=15),
             ),
         ],
     )
 
 
-def _reconciler(
-    client: Client, settings: Settings, database: Database
-) -> Callable[[Callable[[], None]], Awaitable[ReconcileReport]]:
+def _from_any_thread(waker: Waker) -> Callable[[UUID, UUID], None]:
+    """The waker's `wake` for threads of activities: it acts on the event loop that this is called on."""
+    loop = asyncio.get_running_loop()
+
+    def wake(organization_id: UUID, program_id: UUID) -> None:
+        loop.call_soon_threadsafe(waker.wake, organization_id, program_id)
+
+    return wake
+
+
+def _gateway(client: Client, settings: Settings) -> Gateway:
     async def connected() -> Client:
         return client
 
-    gateway = Gateway(connected, timeout_s=settings.temporal_timeout_s)
+    return Gateway(connected, timeout_s=settings.temporal_timeout_s)
 
+
+def _reconciler(gateway: Gateway, database: Database) -> Callable[[Callable[[], None]], Awaitable[ReconcileReport]]:
     async def run_reconcile(progress: Callable[[], None]) -> ReconcileReport:
         queues_woken = await reconcile(database, gateway)
         progress()
         holds = await reconcile_holds(database, gateway, progress)
-        return ReconcileReport(queues_woken, holds.started, holds.woken)
+        broadcasts_woken = await reconcile_broadcasts(database, gateway)
+        return ReconcileReport(queues_woken, holds.started, holds.woken, broadcasts_woken)
 
     return run_reconcile
 
 
 async def keep_reconciled(database: Database, gateway: Gateway) -> None:
     """Start what is missing now, then look for lost wakes every two seconds. Never returns."""
-    look = reconcile
+    look, look_at_broadcasts = reconcile, reconcile_broadcasts
     while True:
         try:
             if woken := await look(database, gateway):
                 logger.info("woke the event processing of %d programs", woken)
-            look = find_lost_wakes
+            if woken := await look_at_broadcasts(database, gateway):
+                logger.info("woke the broadcasts of %d programs", woken)
+            look, look_at_broadcasts = find_lost_wakes, find_lost_broadcasts
         except (DatabaseUnavailable, RPCError, RuntimeError) as error:
             logger.warning("looking for lost wakes failed, trying again: %s", error)
         except Exception:

@@ -1,7 +1,7 @@
 """Activities of event processing. Contract: rules-and-events.md 7."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +12,7 @@ from temporalio import activity
 from activities.threads import ThreadDatabases
 from db.session import Database
 from domain import limits
+from domain.events.batch import News
 from domain.events.control import set_paused
 from domain.events.drain import drain
 from domain.events.retries import RetryPolicy
@@ -50,9 +51,11 @@ class EventActivities:
     workflow tasks must go on beside it.
     """
 
-    def __init__(self, databases: ThreadDatabases, retries: RetryPolicy) -> None:
+    def __init__(self, databases: ThreadDatabases, retries: RetryPolicy, tell: Callable[[News], None]) -> None:
+        """`tell` gets, in any thread, what other workflows are to be told of after a batch; it returns at once."""
         self._databases = databases
         self._retries = retries
+        self._tell = tell
         self._turns = threading.Semaphore(limits.BATCHES_AT_ONCE)
         self._drains = 0
         self._drains_lock = threading.Lock()
@@ -84,6 +87,7 @@ class EventActivities:
             after_loss=activity.info().attempt > 1,
             pace_s=self._pace_s,
             turns=self._turns,
+            tell=self._tell,
         )
         return DrainReport(result.events, result.completed, result.failed, result.next_due_at, result.is_paused)
 

@@ -18,7 +18,7 @@ from db.tables import Event, StateHistory
 from domain import groups, limits
 from domain.durations import parse_duration
 from domain.errors import bad_field, not_found
-from domain.events.world import CounterState
+from domain.events.state import CounterState
 from domain.ids import new_id
 from domain.locks import lock_groups, lock_participants, lock_programs
 from domain.money import ZERO, fits_scale, fits_size, format_plain, parse_number

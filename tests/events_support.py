@@ -51,6 +51,17 @@ def debit(asset_id: UUID | str, amount: str, **more: Any) -> dict[str, Any]:
     return {"type": "DEBIT", "asset_id": str(asset_id), "amount": amount, **more}
 
 
+def move(kind: str, asset_id: UUID | str, amount: str | None = None, **more: Any) -> dict[str, Any]:
+    """A HOLD, RELEASE, FORFEIT or VOID_HOLD action; `amount` is a literal, CEL, or None for all."""
+    action = {"type": kind, "asset_id": str(asset_id), **more}
+    return action if amount is None else action | {"amount": amount}
+
+
+def schedule(event_name: str, delay: str, **more: Any) -> dict[str, Any]:
+    """A SCHEDULE_EVENT action."""
+    return {"type": "SCHEDULE_EVENT", "event_name": event_name, "delay": delay, **more}
+
+
 def counter(key: str, value: str, **more: Any) -> dict[str, Any]:
     """A COUNTER action; `value` is a literal or CEL."""
     return {"type": "COUNTER", "key": key, "value": value, **more}

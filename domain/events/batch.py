@@ -7,24 +7,20 @@ batch once on unlocked reads (the scout pass), only where rules have targets at 
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, LiteralString
 from uuid import UUID
 
 from psycopg.rows import DictRow
 
-from db import json
 from db.session import Database, Transaction
-from domain import faults, limits
-from domain.clock import format_timestamp
-from domain.events.engine import AssetTerms, Outcome, QueuedEvent, Reference, World, apply_event
+from domain import automations, faults, limits
+from domain.events.engine import Outcome, apply_event
+from domain.events.loading import Wanted, load_world
 from domain.events.retries import RetryPolicy
-from domain.events.world import Change, CounterState, Holder, history_operation, history_value
-from domain.ids import new_id
-from domain.ledger import journal
-from domain.locks import lock_participants, lock_programs
+from domain.events.world import QueuedEvent, Reference, World
+from domain.events.writing import is_final_failure, write_outcomes, write_world
 from domain.rules.compiled import RuleSet, load_rule_set
 
 
@@ -36,6 +32,23 @@ class BatchResult:
     completed: int = 0
     failed: int = 0
     entries: int = 0
+    news: "News | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What other workflows are to be told of, once it is committed: they carry on what events began.
+
+    `has_new_ends` of holds that the program carries, `has_broadcasts` to be fanned out, `ended_holds` that had a
+    workflow of their own.
+    """
+
+    organization_id: UUID
+    program_id: UUID
+    program_name: str
+    has_new_ends: bool
+    has_broadcasts: bool
+    ended_holds: tuple[UUID, ...]
 
 
 async def process_batch(
@@ -60,24 +73,38 @@ async def process_batch(
         program = await _program(tx, program_id)
         if program is None or program["processing_paused"]:
             return BatchResult()
+        if only is None and program["has_due_automations"]:
+            await automations.release_due(tx, program_id, limit)
         events = await _due_events(tx, program_id, limit if only is None else 1)
         if not events or (only is not None and events[0].id != only):
             return BatchResult()
         if poison is not None:
-            await _write_events(tx, [Outcome(event, "FAILED", error=poison) for event in events], retries)
+            await write_outcomes(tx, [Outcome(event, "FAILED", error=poison) for event in events], retries)
             return BatchResult(len(events), failed=len(events))
         rules = await load_rule_set(tx, program_id, program["rules_version"])
         world, outcomes = await _apply(tx, program, rules, events, progress)
         await faults.reach("batch.applied")
-        await _write(tx, world, outcomes, retries)
+        await write_world(tx, world, outcomes, retries)
         await faults.reach("batch.written")
     await faults.reach("batch.committed")
     return BatchResult(
         len(outcomes),
         sum(outcome.verdict == "COMPLETED" for outcome in outcomes),
-        sum(_is_final_failure(outcome, retries) for outcome in outcomes),
+        sum(is_final_failure(outcome, retries) for outcome in outcomes),
         len(world.books.entries),
+        _news(organization_id, program, world),
     )
+
+
+def _news(organization_id: UUID, program: DictRow, world: World) -> News | None:
+    """What others are to be told of; None for nothing."""
+    holds = world.books.holds
+    has_new_ends = any(hold.carrier == "PROGRAM" for hold in holds.opened)
+    has_broadcasts = any(automation.kind == "BROADCAST" for automation in world.automations)
+    ended = tuple(hold.id for hold in holds.ended if hold.carrier == "WORKFLOW")
+    if not (has_new_ends or has_broadcasts or ended):
+        return None
+    return News(organization_id, program["id"], program["name"], has_new_ends, has_broadcasts, ended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +125,8 @@ async def mark_started(database: Database, organization_id: UUID, program_id: UU
         program = await _program(tx, program_id)
         if program is None or program["processing_paused"]:
             return None
+        if program["has_due_automations"]:
+            await automations.release_due(tx, program_id, 1)
         events = await _due_events(tx, program_id, 1)
         if not events:
             return None
@@ -135,7 +164,8 @@ async def outlook(database: Database, organization_id: UUID, program_id: UUID) -
             return Outlook(None, is_paused=program is not None)
         row = await (await tx.execute(_NEXT_DUE, (organization_id, program_id) * 2)).fetchone()
         assert row is not None
-        return Outlook(tx.now if row[0] else row[1], is_paused=False)
+        waiting = [instant for instant in (row[1], await automations.next_trigger(tx, program_id)) if instant is not None]
+        return Outlook(tx.now if row[0] else min(waiting, default=None), is_paused=False)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -177,12 +207,18 @@ async def _take_lane(tx: Transaction, program_id: UUID) -> None:
     await tx.execute("select pg_advisory_xact_lock(hashtextextended(%s, 0))", (str(program_id),))
 
 
+_PROGRAM = """
+select id, name, on_unknown_participant, rules_version, processing_paused,
+       status = 'ACTIVE' and exists (
+           select from automation where organization_id = %(organization_id)s and program_id = %(program_id)s
+           and status = 'active' and trigger_type = 'one_time' and trigger_at <= %(now)s) as has_due_automations
+from program where organization_id = %(organization_id)s and id = %(program_id)s
+"""
+
+
 async def _program(tx: Transaction, program_id: UUID) -> DictRow | None:
-    return await tx.row(
-        "select id, on_unknown_participant, rules_version, processing_paused from program"
-        " where organization_id = %s and id = %s",
-        (tx.organization_id, program_id),
-    )
+    params = {"organization_id": tx.organization_id, "program_id": program_id, "now": tx.now}
+    return await tx.row(_PROGRAM, params)
 
 
 async def _due_events(tx: Transaction, program_id: UUID, limit: int) -> list[QueuedEvent]:
@@ -190,11 +226,11 @@ async def _due_events(tx: Transaction, program_id: UUID, limit: int) -> list[Que
     return [QueuedEvent(*row) for row in await (await tx.execute(_DUE, params)).fetchall()]
 
 
-# --- locking, loading, applying --------------------------------------------------------------------------------------
+# --- applying --------------------------------------------------------------------------------------------------------
 
 
 class BatchTooWide(Exception):
-    """The batch kept reaching for more participants; a smaller one is to be tried."""
+    """The batch kept reaching for more than was loaded; a smaller one is to be tried."""
 
 
 async def _apply(
@@ -205,15 +241,14 @@ async def _apply(
     progress: Callable[[], None],
 ) -> tuple[World, list[Outcome]]:
     """Apply the events to a world whose every holder is locked, and return both; slow ones only as far as time went."""
-    members = {reference for event in events for reference in _references(event)}
-    references = set(members)
+    wanted = Wanted.by(events)
     scouting = rules.has_targets
     for _ in range(limits.BATCH_GROWTHS + scouting):
         await tx.execute("savepoint batch")
-        world = await _load(tx, program, rules, references, members, locked=not scouting)
+        world = await load_world(tx, program, rules, wanted, locked=not scouting)
         outcomes = await _apply_in_order(world, rules, events, tx.now, progress)
-        references = members | world.reached
-        if not world.missing and not scouting and not _created_in_vain(world, references):
+        wanted = wanted.grown(world)
+        if not world.unmet() and not scouting and not _created_in_vain(world, wanted.references):
             return world, [outcome for outcome in outcomes if outcome is not None]
         # Rolling back to the savepoint lets go of the locks, so that another set can be locked in order.
         await tx.execute("rollback to savepoint batch")
@@ -236,327 +271,6 @@ async def _apply_in_order(
     return outcomes
 
 
-def _created_in_vain(world: World, references: set[Reference]) -> bool:
+def _created_in_vain(world: World, references: Collection[Reference]) -> bool:
     """Whether somebody was made whom no event reaches after all: an event before changed what the rules do."""
     return any(Reference(external_id=world.participants[id].external_id) not in references for id in world.created)
-
-
-def _references(event: QueuedEvent) -> Iterable[Reference]:
-    if event.participant_id is not None:
-        yield Reference(id=event.participant_id)
-    elif event.external_id is not None:
-        yield Reference(external_id=event.external_id)
-    if event.recipient_id is not None:
-        yield Reference(id=event.recipient_id)
-    elif event.recipient_external_id is not None:
-        yield Reference(external_id=event.recipient_external_id)
-
-
-async def _load(
-    tx: Transaction,
-    program: DictRow,
-    rules: RuleSet,
-    references: set[Reference],
-    members: set[Reference],
-    *,
-    locked: bool,
-) -> World:
-    """Everything the events may touch; with `locked`, under the locks of the global order.
-
-    `members` are the participants and recipients of the events, who become members of the program; targets don't.
-    """
-    creates_unknown = program["on_unknown_participant"] == "CREATE"
-    program_id: UUID = program["id"]
-    external_ids = [r.external_id for r in references if r.external_id is not None]
-    ids = {r.id for r in references if r.id is not None}
-    created: set[UUID] = set()
-    if external_ids:
-        found, created = await _resolve_external_ids(tx, external_ids, create=creates_unknown)
-        ids |= found | created
-    assets = await _asset_terms(tx, program_id, rules.asset_ids)
-    draws_on_wallet = any(asset.is_prefunded for asset in assets.values())
-    if locked and (draws_on_wallet or rules.uses_program_state):
-        await lock_programs(tx, [program_id])
-    holders = await _participants(tx, ids, locked=locked)
-    if locked:
-        await faults.reach("batch.locked")
-    joining = created | {h.id for h in holders.values() if _is_member(h, members)}
-    await _enroll(tx, program_id, joining)
-    program_holder = Holder("PROGRAM", program_id)
-    await _load_state(tx, list(holders.values()), rules.counter_keys, rules.attribute_keys)
-    if rules.uses_program_state:
-        await _load_state(tx, [program_holder], rules.program_counter_keys, rules.program_attribute_keys)
-    account_holders = [*holders, program_id] if draws_on_wallet else list(holders)
-    books = await journal.load_accounts(tx, account_holders, list(assets))
-    for holder in (*holders.values(), program_holder):
-        holder.open_view(tx.now)
-    return World(
-        program=program_holder,
-        participants=holders,
-        by_external_id={h.external_id: h for h in holders.values() if h.external_id is not None},
-        known=references,
-        assets=assets,
-        books=books,
-        created=created,
-    )
-
-
-_EXTERNAL_IDS = "select external_id, id from participant where organization_id = %s and external_id = any(%s)"
-
-_CREATE = """
-insert into participant (organization_id, id, external_id, status, created_at, updated_at)
-select %(organization_id)s, r.id, r.external_id, 'ACTIVE', %(now)s, %(now)s
-from json_to_recordset(%(rows)s::json) as r (id uuid, external_id text)
-order by r.external_id
-on conflict (organization_id, external_id) do nothing
-"""
-
-
-async def _resolve_external_ids(
-    tx: Transaction, external_ids: Sequence[str], *, create: bool
-) -> tuple[set[UUID], set[UUID]]:
-    """The ids behind these external ids, known ones and new ones: unknown ones are created where the policy says so.
-
-    Creation comes before any participant is locked: whoever waits here for another's insert holds nothing yet.
-    """
-    found = dict(await _external_ids(tx, external_ids))
-    unknown = sorted(set(external_ids) - set(found))
-    if not unknown or not create:
-        return set(found.values()), set()
-    rows = json.parameter([{"id": new_id(), "external_id": external_id} for external_id in unknown])
-    await tx.execute(_CREATE, {"organization_id": tx.organization_id, "now": tx.now, "rows": rows})
-    # A statement of its own: one that somebody else created meanwhile is visible only now.
-    return set(found.values()), {participant_id for _, participant_id in await _external_ids(tx, unknown)}
-
-
-async def _external_ids(tx: Transaction, external_ids: Sequence[str]) -> list[Any]:
-    return await (await tx.execute(_EXTERNAL_IDS, (tx.organization_id, list(external_ids)))).fetchall()
-
-
-def _is_member(holder: Holder, members: set[Reference]) -> bool:
-    return Reference(id=holder.id) in members or Reference(external_id=holder.external_id) in members
-
-
-async def _participants(tx: Transaction, ids: set[UUID], *, locked: bool) -> dict[UUID, Holder]:
-    if not ids:
-        return {}
-    if locked:
-        await lock_participants(tx, ids)
-    rows = await tx.execute(
-        "select id, external_id, status from participant where organization_id = %s and id = any(%s)",
-        (tx.organization_id, list(ids)),
-    )
-    return {
-        participant_id: Holder("PARTICIPANT", participant_id, external_id, status)
-        for participant_id, external_id, status in await rows.fetchall()
-    }
-
-
-_ENROLL = """
-insert into enrollment (organization_id, program_id, participant_id, status, created_at, updated_at)
-select %(organization_id)s, %(program_id)s, participant_id, 'ACTIVE', %(now)s, %(now)s
-from unnest(%(participant_ids)s::uuid[]) as participant_id
-order by participant_id
-on conflict (organization_id, program_id, participant_id)
-    do update set status = 'ACTIVE', updated_at = excluded.updated_at
-"""
-
-
-async def _enroll(tx: Transaction, program_id: UUID, participant_ids: set[UUID]) -> None:
-    """Make these participants members of the program. Contract: rules-and-events.md 7.2."""
-    if not participant_ids:
-        return
-    enrolled = await tx.execute(
-        "select participant_id from enrollment where organization_id = %s and program_id = %s"
-        " and participant_id = any(%s) and status = 'ACTIVE'",
-        (tx.organization_id, program_id, list(participant_ids)),
-    )
-    outside = participant_ids - {row[0] for row in await enrolled.fetchall()}
-    if outside:
-        params = {
-            "organization_id": tx.organization_id,
-            "program_id": program_id,
-            "participant_ids": list(outside),
-            "now": tx.now,
-        }
-        await tx.execute(_ENROLL, params)
-
-
-_ASSETS = """
-select a.id, a.scale, a.inventory_mode = 'LOT', a.issuance_policy = 'PREFUNDED',
-       a.status = 'ARCHIVED', l.asset_id is not null, a.max_transaction_amount
-from asset a
-left join program_asset l on l.organization_id = a.organization_id and l.program_id = %s and l.asset_id = a.id
-where a.organization_id = %s and a.id = any(%s)
-"""
-
-
-async def _asset_terms(tx: Transaction, program_id: UUID, asset_ids: Iterable[UUID]) -> dict[UUID, AssetTerms]:
-    ids = list(asset_ids)
-    if not ids:
-        return {}
-    rows = await (await tx.execute(_ASSETS, (program_id, tx.organization_id, ids))).fetchall()
-    return {row[0]: AssetTerms(*row) for row in rows}
-
-
-async def _load_state(
-    tx: Transaction,
-    holders: Sequence[Holder],
-    counter_keys: frozenset[str] | None,
-    attribute_keys: frozenset[str] | None,
-) -> None:
-    """Read the tags, and the counters and attributes of these keys (None for all) that the rules can reach.
-
-    Whatever else is stored on a holder costs nothing, however much it is.
-    """
-    by_id = {holder.id: holder for holder in holders}
-    scope = (tx.organization_id, list(by_id))
-    cursor = await tx.execute(
-        "select entity_id, tag from tag where organization_id = %s and entity_id = any(%s)", scope
-    )
-    for entity_id, tag in await cursor.fetchall():
-        by_id[entity_id].tags.add(tag)
-    if counter_keys is None or counter_keys:
-        cursor = await tx.execute(*_keyed(_COUNTERS, scope, counter_keys))
-        for entity_id, key, *stored in await cursor.fetchall():
-            by_id[entity_id].counters[key] = CounterState(*stored)
-    if attribute_keys is None or attribute_keys:
-        cursor = await tx.execute(*_keyed(_ATTRIBUTES, scope, attribute_keys))
-        for entity_id, key, value in await cursor.fetchall():
-            by_id[entity_id].attributes[key] = value
-
-
-_COUNTERS: LiteralString = """
-select entity_id, key, value, reset_after, last_reset_at from counter
-where organization_id = %s and entity_id = any(%s)
-"""
-_ATTRIBUTES: LiteralString = """
-select entity_id, key, value from attribute where organization_id = %s and entity_id = any(%s)
-"""
-
-
-def _keyed(
-    query: LiteralString, scope: tuple[Any, ...], keys: frozenset[str] | None
-) -> tuple[LiteralString, tuple[Any, ...]]:
-    """`query` narrowed to these keys by a condition of its own, which the primary key can serve; None for all."""
-    return (query, scope) if keys is None else (query + " and key = any(%s)", (*scope, list(keys)))
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-_UPDATE_EVENTS = """
-update event e set
-    status = r.status, participant_id = coalesce(r.participant_id, e.participant_id),
-    recipient_id = coalesce(r.recipient_id, e.recipient_id), error_message = r.error_message, attempts = r.attempts,
-    due_at = r.due_at, processed_at = r.processed_at, updated_at = %(now)s, starts = 0,
-    evaluations = r.evaluations, matched_rule_ids = r.matched
-from json_to_recordset(%(rows)s::json) as r (
-    id uuid, status text, participant_id uuid, recipient_id uuid, error_message text, attempts smallint,
-    due_at timestamptz, processed_at timestamptz, evaluations json, matched uuid[])
-where e.organization_id = %(organization_id)s and e.id = r.id
-"""
-
-_INSERT_HISTORY = """
-insert into state_history (organization_id, entity_id, changed_at, id, state_type, key, operation, old_value, new_value,
-                           event_id, rule_id)
-select %(organization_id)s, r.entity_id, %(now)s, r.id, r.state_type, r.key, r.operation, r.old_value, r.new_value,
-       r.event_id, r.rule_id
-from json_to_recordset(%(rows)s::json) as r (
-    entity_id uuid, id uuid, state_type text, key text, operation text, old_value text, new_value text, event_id uuid,
-    rule_id uuid)
-"""
-
-_WRITE_STATE = {
-    ("tag", True): """
-        insert into tag (organization_id, entity_id, tag, created_at)
-        select %(organization_id)s, r.entity_id, r.key, %(now)s
-        from json_to_recordset(%(rows)s::json) as r (entity_id uuid, key text)
-        on conflict do nothing""",
-    ("tag", False): """
-        delete from tag t using json_to_recordset(%(rows)s::json) as r (entity_id uuid, key text)
-        where t.organization_id = %(organization_id)s and t.entity_id = r.entity_id and t.tag = r.key
-          and %(now)s is not null""",
-    ("attribute", True): """
-        insert into attribute (organization_id, entity_id, key, value, updated_at)
-        select %(organization_id)s, r.entity_id, r.key, r.value, %(now)s
-        from json_to_recordset(%(rows)s::json) as r (entity_id uuid, key text, value text)
-        on conflict (organization_id, entity_id, key)
-            do update set value = excluded.value, updated_at = excluded.updated_at""",
-    ("counter", True): """
-        insert into counter (organization_id, entity_id, key, value, reset_after, last_reset_at)
-        select %(organization_id)s, r.entity_id, r.key, r.value, r.reset_after, r.last_reset_at
-        from json_to_recordset(%(rows)s::json) as r (
-            entity_id uuid, key text, value numeric, reset_after text, last_reset_at timestamptz)
-        where %(now)s is not null
-        on conflict (organization_id, entity_id, key) do update set
-            value = excluded.value, reset_after = excluded.reset_after, last_reset_at = excluded.last_reset_at""",
-}
-
-
-async def _write(tx: Transaction, world: World, outcomes: Sequence[Outcome], retries: RetryPolicy) -> None:
-    changes = world.state.changes
-    if changes:
-        await _write_rows(tx, _INSERT_HISTORY, [_history_row(change) for change in changes])
-        for kind, rows in _final_state(changes).items():
-            await _write_rows(tx, _WRITE_STATE[kind], rows)
-    await _write_events(tx, outcomes, retries)
-    await journal.write(tx, world.books)
-
-
-async def _write_events(tx: Transaction, outcomes: Sequence[Outcome], retries: RetryPolicy) -> None:
-    await _write_rows(tx, _UPDATE_EVENTS, [_event_row(outcome, tx.now, retries) for outcome in outcomes])
-
-
-async def _write_rows(tx: Transaction, statement: Any, rows: Sequence[dict[str, Any]]) -> None:
-    await tx.execute(statement, {"organization_id": tx.organization_id, "now": tx.now, "rows": json.parameter(rows)})
-
-
-def _final_state(changes: Sequence[Change]) -> dict[tuple[str, bool], list[dict[str, Any]]]:
-    """What to store, by kind and presence: of each tag, counter and attribute only the last state counts."""
-    last = {(change.holder.id, change.state_type, change.key): change for change in changes}
-    rows: dict[tuple[str, bool], list[dict[str, Any]]] = {}
-    for change in last.values():
-        row: dict[str, Any] = {"entity_id": change.holder.id, "key": change.key}
-        if isinstance(change.new, CounterState):
-            row |= change.new._asdict()
-        elif change.state_type == "attribute":
-            row["value"] = change.new
-        rows.setdefault((change.state_type, change.new is not None), []).append(row)
-    return rows
-
-
-def _history_row(change: Change) -> dict[str, Any]:
-    return {
-        "entity_id": change.holder.id,
-        "id": new_id(),
-        "state_type": change.state_type,
-        "key": change.key,
-        "operation": history_operation(change),
-        "old_value": history_value(change.state_type, change.old),
-        "new_value": history_value(change.state_type, change.new),
-        "event_id": change.event_id,
-        "rule_id": change.rule_id,
-    }
-
-
-def _event_row(outcome: Outcome, now: datetime, retries: RetryPolicy) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "id": outcome.event.id,
-        "participant_id": outcome.participant_id,
-        "recipient_id": outcome.recipient_id,
-        "error_message": outcome.error,
-        "attempts": outcome.event.attempts + 1,
-        "evaluations": outcome.evaluations,
-        "matched": outcome.matched,
-    }
-    if _is_final_failure(outcome, retries) or outcome.verdict == "COMPLETED":
-        status = "COMPLETED" if outcome.verdict == "COMPLETED" else "FAILED"
-        return row | {"status": status, "due_at": None, "processed_at": format_timestamp(now)}
-    wait = retries.wait_after(outcome.event.attempts + 1)
-    assert wait is not None
-    return row | {"status": "PENDING", "due_at": now + wait, "processed_at": None}
-
-
-def _is_final_failure(outcome: Outcome, retries: RetryPolicy) -> bool:
-    last = retries.wait_after(outcome.event.attempts + 1) is None
-    return outcome.verdict == "FAILED" or (outcome.verdict == "RETRY" and last)

@@ -20,7 +20,7 @@ from psycopg.errors import UniqueViolation
 
 from db.session import REPEATABLE, Database, DatabaseUnavailable
 from domain import faults, limits
-from domain.events.batch import BatchResult, mark_started, outlook, process_batch, withdraw_start
+from domain.events.batch import BatchResult, News, mark_started, outlook, process_batch, withdraw_start
 from domain.events.retries import RetryPolicy
 
 logger = logging.getLogger("scrip.events")
@@ -51,16 +51,18 @@ async def drain(
     after_loss: bool = False,
     pace_s: Callable[[], float] = lambda: limits.DRAIN_POLL_MS / 1000,
     turns: AbstractContextManager[object] | None = None,
+    tell: Callable[[News], None] = lambda news: None,
 ) -> DrainResult:
     """Process due events of a program for at most ten seconds; `progress` is told the events so far after each batch.
 
     `pace_s` says how long to wait, in seconds, before looking again at a queue that has just been emptied. `turns` is
     entered for each batch: drains in other threads share it, so that few batches at once hold locks and compute.
+    `tell` gets what others are to be told of after a batch.
 
     `after_loss` says that the attempt before this one was lost: the first events are then taken one by one, each with
     a mark, so that one that brings its worker down is found and ends FAILED instead of holding up the rest.
     """
-    queue = _Queue(database, organization_id, program_id, retries, progress, turns or nullcontext())
+    queue = _Queue(database, organization_id, program_id, retries, progress, turns or nullcontext(), tell)
     if after_loss:
         queue.cautious_events = limits.BATCH_EVENTS
     ends_at = time.monotonic() + limits.DRAIN_LIMIT_S
@@ -95,9 +97,11 @@ class _Queue:
         retries: RetryPolicy,
         progress: Callable[[int], None],
         turns: AbstractContextManager[object],
+        tell: Callable[[News], None],
     ) -> None:
         self._progress = progress
         self._turns = turns
+        self._tell = tell
         self._told_at = time.monotonic()
         self._database = database
         self._organization_id = organization_id
@@ -188,6 +192,8 @@ class _Queue:
             self._progress(self.events)
 
     def _count(self, result: BatchResult) -> int:
+        if result.news is not None:
+            self._tell(result.news)
         self.events += result.events
         self.completed += result.completed
         self.failed += result.failed

@@ -1,119 +1,27 @@
 """One event against one rule set, in memory: conditions, actions, the record of what happened.
 
-No I/O: everything an event may read or write has been loaded into a `World`, and whatever is missing there is reported
-as a `Reference` for the batch to load. A failing event is undone to the last trace. Contract: rules-and-events.md 4, 5.
+No I/O: everything an event may read or write has been loaded into a `World`, and whatever is missing there is noted in
+it for the batch to load. A failing event is undone to the last trace. Contract: rules-and-events.md 4, 5.
 """
 
-import decimal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from decimal import Decimal
+from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
 from domain import limits
 from domain.clock import format_timestamp
-from domain.events.world import Holder, StateJournal
+from domain.events.effects import ActionFailed, Call, perform
+from domain.events.state import Holder
+from domain.events.world import QueuedEvent, Reference, World
 from domain.ids import new_id
-from domain.ledger import movements
-from domain.ledger.books import Books
-from domain.ledger.movements import Cause, Position
-from domain.money import ZERO, fits_scale, fits_size, format_amount, format_plain
 from domain.rules import results
 from domain.rules.cel import Activation, EvaluationError, EvaluationLimit, evaluate_condition
 from domain.rules.compiled import Action, CompiledRule, RuleSet, Target
+from domain.rules.fields import parse_uuid
 
-BLOCKED_WHEN_INACTIVE = frozenset({"CREDIT", "DEBIT", "HOLD", "RELEASE", "FORFEIT", "COUNTER"})
-"""Actions that fail on a SUSPENDED or CLOSED participant. Contract: rules-and-events.md 5.3."""
-
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-@dataclass(frozen=True, slots=True)
-class QueuedEvent:
-    """An event as the queue hands it over; `data` is the payload with Decimals."""
-
-    id: UUID
-    participant_id: UUID | None
-    external_id: str | None
-    recipient_id: UUID | None
-    recipient_external_id: str | None
-    event_type: str
-    data: dict[str, Any]
-    timestamp: datetime
-    depth: int
-    attempts: int
-    request_id: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """A participant that an event names, by exactly one of its identifiers."""
-
-    id: UUID | None = None
-    external_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AssetTerms:
-    """What posting needs to know of an asset."""
-
-    id: UUID
-    scale: int
-    has_lots: bool
-    is_prefunded: bool
-    is_archived: bool
-    is_linked: bool
-    max_transaction_amount: Decimal | None
-
-
-@dataclass(slots=True)
-class World:
-    """Everything loaded for a batch.
-
-    `known` are the references that were looked up, found or not; `missing` those that events reached for beyond them;
-    `reached` all that events reached for. `created` are the participants that were made for this batch.
-    """
-
-    program: Holder
-    participants: dict[UUID, Holder]
-    by_external_id: dict[str, Holder]
-    known: set[Reference]
-    assets: dict[UUID, AssetTerms]
-    books: Books
-    state: StateJournal = field(default_factory=StateJournal)
-    created: set[UUID] = field(default_factory=set)
-    missing: set[Reference] = field(default_factory=set)
-    reached: set[Reference] = field(default_factory=set)
-
-    def find(self, reference: Reference) -> Holder | None:
-        """The participant behind `reference`, None if there is no such one.
-
-        One that was never looked up is noted in `missing` and answered with a phantom, so that a single pass learns of
-        everything an event reaches for; what the event did is undone then.
-        """
-        self.reached.add(reference)
-        if reference.id is not None:
-            found = self.participants.get(reference.id)
-        else:
-            assert reference.external_id is not None
-            found = self.by_external_id.get(reference.external_id)
-        if found is None and reference not in self.known:
-            self.missing.add(reference)
-            phantom = Holder("PARTICIPANT", new_id(), reference.external_id)
-            phantom.open_view(EPOCH)
-            return phantom
-        return found
-
-
-class ActionFailed(Exception):
-    """An action that can't be done. `curable` when a later credit may cure it, so that a retry makes sense."""
-
-    def __init__(self, cause: str, *, curable: bool = False) -> None:
-        super().__init__(cause)
-        self.curable = curable
+_NEEDS_NOBODY = frozenset({"SCHEDULE_EVENT", "BROADCAST"})
 
 
 @dataclass(slots=True)
@@ -132,16 +40,16 @@ class Outcome:
 def apply_event(world: World, rules: RuleSet, event: QueuedEvent, now: datetime) -> Outcome | None:
     """Apply one event to the world; afterwards the world holds all of its effects or none.
 
-    `now` is the wall clock, for rule windows and counter windows; expressions see the event's own timestamp.
-    None when the event reached for a participant that isn't loaded: it must be applied again to a larger world.
+    `now` is the wall clock, for rule windows, budgets and counter windows; expressions see the event's own timestamp.
+    None when the event reached for what isn't loaded: it must be applied again to a larger world.
     """
-    books_mark, state_mark, missing = world.books.mark(), world.state.mark(), len(world.missing)
+    mark, unmet = world.mark(), world.unmet()
     outcome = _Evaluation(world, rules, event, now).run()
-    if outcome.verdict != "COMPLETED" or len(world.missing) > missing:
-        world.books.undo(books_mark)
-        world.state.undo(state_mark)
-        return None if len(world.missing) > missing else outcome
-    for change in world.state.since(state_mark):
+    if outcome.verdict != "COMPLETED" or world.unmet() > unmet:
+        is_incomplete = world.unmet() > unmet
+        world.undo(mark)
+        return None if is_incomplete else outcome
+    for change in world.state.since(mark.state):
         change.holder.show(change, now)
     return outcome
 
@@ -160,53 +68,58 @@ class _Evaluation:
     def run(self) -> Outcome:
         event = self.event
         try:
-            self.participant = self._resolve(Reference(event.participant_id, event.external_id))
+            self.participant = self._resolve(Reference(event.participant_id, event.external_id), "participant")
             self.recipient = self._resolve_recipient()
         except ActionFailed as error:
             return Outcome(event, "FAILED", error=str(error))
-        outcome = Outcome(
-            event,
-            "COMPLETED",
-            participant_id=self.participant.id,
-            recipient_id=self.recipient.id if self.recipient is not self.participant else None,
-        )
-        self.participant.refresh_windows(self.now)
-        self.world.program.refresh_windows(self.now)
-        self.activation = Activation(
-            event=self._visible_data(),
-            participant=self.participant.view,
-            program=self.world.program.view,
-            groups=[],
-            group=None,
-            now=event.timestamp,
-        )
+        outcome = Outcome(event, "COMPLETED", participant_id=self.participant.id if self.participant else None)
+        if self.recipient is not None and self.recipient is not self.participant:
+            outcome.recipient_id = self.recipient.id
+        self.activation = self._activation()
         for rule in self.rules.candidates(event.data.get("type")):
             matched = self._apply_rule(rule, outcome)
             if outcome.verdict != "COMPLETED" or (matched and rule.stop_after_match):
                 break
         return outcome
 
-    def _resolve(self, reference: Reference) -> Holder:
-        if reference.id is not None and reference.external_id is not None:
+    def _resolve(self, reference: Reference, what: str) -> Holder | None:
+        """Whom the event names, by id where it gives both; None where it names nobody."""
+        if reference.id is None and reference.external_id is None:
+            return None
+        if reference.id is not None:
             reference = Reference(id=reference.id)
         found = self.world.find(reference)
         if found is None:
-            raise ActionFailed("unknown participant")
+            raise ActionFailed(f"unknown {what}")
         return found
 
-    def _resolve_recipient(self) -> Holder:
+    def _resolve_recipient(self) -> Holder | None:
         event = self.event
-        if event.recipient_id is None and event.recipient_external_id is None:
-            return self.participant
-        try:
-            return self._resolve(Reference(event.recipient_id, event.recipient_external_id))
-        except ActionFailed:
-            raise ActionFailed("unknown recipient") from None
+        named = self._resolve(Reference(event.recipient_id, event.recipient_external_id), "recipient")
+        return named or self.participant
+
+    def _activation(self) -> Activation:
+        world = self.world
+        world.program.refresh_windows(self.now)
+        groups: list[dict[str, Any]] = []
+        if self.participant is not None:
+            self.participant.refresh_windows(self.now)
+            for group, role in world.memberships.get(self.participant.id, ()):
+                group.refresh_windows(self.now)
+                groups.append(group.as_group(role))
+        return Activation(
+            event=self._visible_data(),
+            participant=self.participant.view if self.participant is not None else None,
+            program=world.program.view,
+            groups=groups,
+            group=groups[0] if groups else None,
+            now=self.event.timestamp,
+        )
 
     def _visible_data(self) -> dict[str, Any]:
         """The payload as expressions see it: with the recipient's identifiers, where the payload has no such key."""
         event = self.event
-        if event.recipient_id is None and event.recipient_external_id is None:
+        if self.recipient is None or (event.recipient_id is None and event.recipient_external_id is None):
             return event.data
         extra: dict[str, Any] = {"recipient_id": str(self.recipient.id)}
         if self.recipient.external_id is not None:
@@ -232,18 +145,29 @@ class _Evaluation:
             outcome.evaluations.append(self._record(rule, "SKIPPED_ERROR", error_message=str(error)))
             return False
         outcome.matched.append(rule.id)
+        self._run_actions(rule, outcome)
+        return True
+
+    def _run_actions(self, rule: CompiledRule, outcome: Outcome) -> None:
+        """Run the actions of a rule that matched, and record what came of them."""
         ran: list[dict[str, Any]] = []
         for action in rule.actions:
             try:
-                ran.append(self._run_action(rule, action))
+                holder = self._target(action)
+                result = perform(Call(self.world, self.event, rule, action, holder, self.activation, self.now))
             except ActionFailed as failure:
                 cause = f"action {action.type} failed: {failure}"
                 outcome.verdict = "RETRY" if failure.curable else "FAILED"
                 outcome.error = cause
                 outcome.evaluations.append(self._record(rule, "FAILED", error_message=cause))
-                return True
-        outcome.evaluations.append(self._record(rule, "SUCCESS", actions=ran))
-        return True
+                return
+            if result is not None:
+                ran.append(result)
+        if len(ran) < len(rule.actions):
+            record = self._record(rule, "SKIPPED", reason="BUDGET_EXCEEDED", actions=ran)
+        else:
+            record = self._record(rule, "SUCCESS", actions=ran)
+        outcome.evaluations.append(record)
 
     def _record(self, rule: CompiledRule, status: str, **more: Any) -> dict[str, Any]:
         return {
@@ -256,163 +180,41 @@ class _Evaluation:
             **more,
         }
 
-    def _run_action(self, rule: CompiledRule, action: Action) -> dict[str, Any]:
-        try:
-            holder = self._target(action)
-            if holder.status != "ACTIVE" and action.type in BLOCKED_WHEN_INACTIVE:
-                raise ActionFailed(f"participant is {holder.status}")
-            return _HANDLERS[action.type](self, rule, action, holder)
-        except results.BadResult as bad:
-            raise ActionFailed(str(bad)) from None
+    def _target(self, action: Action) -> Holder | None:
+        """Whom the action is directed at. Contract: rules-and-events.md 5.2."""
+        if action.target is not None:
+            return self._named(action.target)
+        holder = self.recipient if action.asset_id is not None else self.participant
+        if holder is None and action.type not in _NEEDS_NOBODY:
+            raise ActionFailed("the event has no participant")
+        return holder
 
-    def _target(self, action: Action) -> Holder:
-        target = action.target
-        if target is None:
-            return self.recipient if action.asset_id is not None else self.participant
-        if target.type == "PROGRAM":
+    def _named(self, target: Target) -> Holder:
+        if target.type == "PROGRAM" and target.id in (None, self.world.program.id):
             return self.world.program
-        return self._target_participant(target)
-
-    def _target_participant(self, target: Target) -> Holder:
-        text = results.target_text(target, self.activation)
-        if text is None:
-            reference = Reference(id=target.id)
-        elif target.external_id is not None:
-            reference = Reference(external_id=text)
-        else:
-            reference = Reference(id=_uuid(text))
-        found = self.world.find(reference)
+        found = self.world.find(self._reference(target))
         if found is None:
-            raise ActionFailed("target participant not found")
+            raise ActionFailed(f"target {target.type.lower()} not found")
         return found
 
-    # --- actions -------------------------------------------------------------------------------------------------
-
-    def _credit(self, rule: CompiledRule, action: Action, holder: Holder) -> dict[str, Any]:
-        asset, amount = self._amount(action)
-        entry_id = None
-        if amount != ZERO:
-            position = Position("PARTICIPANT", holder.id, asset.id, asset.has_lots)
-            source = self._source(asset, amount)
-            entry_id = movements.credit(self.world.books, position, self._cause(rule, action), amount, source).id
-        return self._asset_result(action, asset, amount, holder, entry_id)
-
-    def _debit(self, rule: CompiledRule, action: Action, holder: Holder) -> dict[str, Any]:
-        asset, amount = self._amount(action)
-        entry_id = None
-        if amount != ZERO:
-            account = self.world.books.account("PARTICIPANT", holder.id, asset.id, "AVAILABLE")
-            # What a holder has that isn't loaded yet is unknown: this pass goes on, to learn whom else the event names.
-            is_short = account.balance < amount and holder.id in self.world.participants
-            if is_short and not action.allow_negative:
-                raise ActionFailed("insufficient balance", curable=True)
-            position = Position("PARTICIPANT", holder.id, asset.id, asset.has_lots)
-            cause = self._cause(rule, action)
-            entry_id = movements.debit(self.world.books, position, cause, amount, allow_negative=True).id
-        return self._asset_result(action, asset, amount, holder, entry_id)
-
-    def _tag(self, rule: CompiledRule, action: Action, holder: Holder) -> dict[str, Any]:
-        assert action.tag is not None
-        self.world.state.tag(holder, action.tag, self.event.id, rule.id)
-        return {"type": action.type, "tag": action.tag, "target": _target_result(holder)}
-
-    def _untag(self, rule: CompiledRule, action: Action, holder: Holder) -> dict[str, Any]:
-        assert action.tag is not None
-        self.world.state.untag(holder, action.tag, self.event.id, rule.id)
-        return {"type": action.type, "tag": action.tag, "target": _target_result(holder)}
-
-    def _counter(self, rule: CompiledRule, action: Action, holder: Holder) -> dict[str, Any]:
-        assert action.key is not None
-        amount = results.increment(action, self.activation)
+    def _reference(self, target: Target) -> Reference:
         try:
-            value = self.world.state.add_to_counter(
-                holder, action.key, amount, action.reset_after, self.now, self.event.id, rule.id
-            )
-        except decimal.Inexact:
-            raise ActionFailed("counter out of range") from None
-        if not (fits_size(value) and fits_scale(value, limits.COUNTER_DECIMALS)):
-            raise ActionFailed("counter out of range")
-        return {
-            "type": action.type,
-            "key": action.key,
-            "value": format_plain(amount),
-            "new_value": format_plain(value),
-            "target": _target_result(holder),
-        }
-
-    def _set_attribute(self, rule: CompiledRule, action: Action, holder: Holder) -> dict[str, Any]:
-        assert action.key is not None
-        value = results.attribute(action, self.activation)
-        self.world.state.set_attribute(holder, action.key, value, self.event.id, rule.id)
-        return {"type": action.type, "key": action.key, "value": value, "target": _target_result(holder)}
-
-    # --- values --------------------------------------------------------------------------------------------------
-
-    def _amount(self, action: Action) -> tuple[AssetTerms, Decimal]:
-        """The asset and the amount of an asset action, checked. Contract: rules-and-events.md 5.4."""
-        assert action.asset_id is not None, "checked when the rule was saved"
-        asset = self.world.assets.get(action.asset_id)
-        if asset is None or not asset.is_linked:
-            raise ActionFailed("asset is not linked to the program")
-        if asset.is_archived:
-            raise ActionFailed("asset is archived")
-        amount = results.amount(action, self.activation, asset.scale)
-        if asset.max_transaction_amount is not None and amount > asset.max_transaction_amount:
-            raise ActionFailed("amount exceeds max_transaction_amount")
-        return asset, amount.copy_abs()  # a negative zero prints as zero
-
-    def _source(self, asset: AssetTerms, amount: Decimal) -> Any:
-        """The account a credit is drawn from. Contract: basics.md 6.6."""
-        if not asset.is_prefunded:
-            return self.world.books.system("SYSTEM_ISSUANCE", asset.id)
-        wallet = self.world.books.account("PROGRAM", self.world.program.id, asset.id, "AVAILABLE")
-        if wallet.balance < amount:
-            raise ActionFailed("insufficient program balance", curable=True)
-        return wallet
-
-    def _cause(self, rule: CompiledRule, action: Action) -> Cause:
-        return Cause(
-            new_id(),
-            self.world.program.id,
-            self.now,
-            description=action.description or rule.name,
-            event_id=self.event.id,
-            rule_id=rule.id,
-            request_id=self.event.request_id,
-        )
-
-    def _asset_result(
-        self, action: Action, asset: AssetTerms, amount: Decimal, holder: Holder, entry_id: UUID | None
-    ) -> dict[str, Any]:
-        result = {
-            "type": action.type,
-            "asset_id": asset.id,
-            "amount": format_amount(amount, asset.scale),
-            "target": _target_result(holder),
-        }
-        if entry_id is not None:
-            result["journal_entry_id"] = entry_id
-        return result
-
-
-def _target_result(holder: Holder) -> dict[str, Any]:
-    return {"type": holder.entity_type, "id": holder.id}
+            if target.type == "PROGRAM":
+                return Reference(id=target.id, kind="PROGRAM")
+            if target.type == "GROUP":
+                return Reference(id=target.id or results.group_id(target, self.activation), kind="GROUP")
+            text = results.target_text(target, self.activation)
+        except results.BadResult as bad:
+            raise ActionFailed(str(bad)) from None
+        if text is None:
+            return Reference(id=target.id)
+        if target.external_id is not None:
+            return Reference(external_id=text)
+        return Reference(id=_uuid(text))
 
 
 def _uuid(text: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError:
-        raise ActionFailed("target.participant_id is not a UUID") from None
-
-
-_Handler = Callable[[_Evaluation, CompiledRule, Action, Holder], dict[str, Any]]
-
-_HANDLERS: dict[str, _Handler] = {
-    "CREDIT": _Evaluation._credit,
-    "DEBIT": _Evaluation._debit,
-    "TAG": _Evaluation._tag,
-    "UNTAG": _Evaluation._untag,
-    "COUNTER": _Evaluation._counter,
-    "SET_ATTRIBUTE": _Evaluation._set_attribute,
-}
+    found = parse_uuid(text)
+    if found is None:
+        raise ActionFailed("target.participant_id is not a UUID")
+    return found

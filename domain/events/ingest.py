@@ -110,7 +110,7 @@ class _Item:
         self.event = event
         self.id = item_id
         self.data = data
-        self.payload_hash = _payload_hash(event)
+        self.payload_hash = payload_hash(event)
 
     def row(self) -> dict[str, Any]:
         event = self.event
@@ -220,7 +220,7 @@ def _result(stored: _Stored | Refusal, item: _Item) -> Accepted | Refusal:
     return Refusal("idempotency_conflict", "the idempotency_key was used with another payload")
 
 
-def _payload_hash(event: NewEvent) -> bytes:
+def payload_hash(event: NewEvent) -> bytes:
     """SHA-256 of the semantic fields: key order, white space and trailing zeros make no difference."""
     fields = {
         "program_id": event.program_id,

@@ -1,5 +1,5 @@
-"""The state that a batch of events reads and writes, in memory: participants, the program, their tags, counters and
-attributes.
+"""The state that a batch of events reads and writes, in memory: tags, counters and attributes of participants, groups
+and programs.
 
 Actions change the stored state at once, yet an event's expressions see the state as it was before that event: the
 `view`, which is brought up to date only when the event has succeeded. Every change is kept in a list, which is the undo
@@ -51,13 +51,17 @@ class Change:
 
 @dataclass(slots=True, eq=False)
 class Holder:
-    """The rule-visible state of one participant or of the program."""
+    """The rule-visible state of one participant, group or program.
 
-    entity_type: Literal["PARTICIPANT", "PROGRAM"]
+    A phantom stands for one that hasn't been loaded: what is done to it is undone again.
+    """
+
+    entity_type: Literal["PARTICIPANT", "GROUP", "PROGRAM"]
     id: UUID
     external_id: str | None = None
     status: str = "ACTIVE"
-    enrollment: str | None = None
+    name: str | None = None
+    is_phantom: bool = False
     tags: set[str] = field(default_factory=set)
     counters: dict[str, CounterState] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
@@ -76,6 +80,11 @@ class Holder:
             "tiers": {},
         }
         self._windowed = {key for key, counter in self.counters.items() if counter.reset_after is not None}
+
+    def as_group(self, role: str) -> dict[str, Any]:
+        """This group as expressions see it in `groups`, with the role that the participant has in it."""
+        seen = {name: self.view[name] for name in ("id", "tags", "counters", "attributes", "tiers")}
+        return seen | {"name": self.name, "role": role}
 
     def refresh_windows(self, now: datetime) -> None:
         """Let the view see counters whose window has elapsed by `now`."""

@@ -5,6 +5,7 @@ spending from one with ten costs. Contract: holders.md 6.8 and 7.
 """
 
 from collections.abc import Collection, Iterable
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -16,7 +17,7 @@ from domain.ledger.holds import Hold, HoldBook
 from domain.ledger.lots import Lot, LotBook, LotChangeRow, Selection
 from domain.money import EXACT, ZERO
 
-_LOT_COLUMNS = """
+LOT_COLUMNS = """
 id, entity_type, entity_id, asset_id, program_id, status, amount, remaining, created_at, expires_at, matures_at,
 reference_id, hold_id, is_provisional, entry_id
 """
@@ -35,14 +36,18 @@ and not exists (select from hold h where h.organization_id = lot.organization_id
                 and h.kind = 'REDEMPTION')
 """
 
-_HOLD_COLUMNS = """
+HOLD_COLUMNS = """
 id, entity_type, entity_id, program_id, asset_id, kind, amount, remaining, status, reference_id, description,
 expires_at, on_expiry, carrier, entry_id, created_at
 """
 
 
-async def load_lots(tx: Transaction, lots: LotBook, selection: Selection, amount: Decimal | None) -> None:
+async def load_lots(
+    tx: Transaction, lots: LotBook, selection: Selection, amount: Decimal | None, counted: Selection | None = None
+) -> tuple[datetime, UUID] | None:
     """Bring the lots that match into `lots`, FIFO, until they make `amount`; None brings all of them.
+
+    With `counted` only what matches that, too, counts towards the amount. Where it stopped, as (created_at, id) of the last one; None when no further ones match.
 
     What counts is what remains of them in `lots`: something that was done in this transaction is not in the table yet.
     Lots that were made in it don't count, as older ones may still have to be loaded. The caller holds the holder's
@@ -54,7 +59,7 @@ async def load_lots(tx: Transaction, lots: LotBook, selection: Selection, amount
         if (value := getattr(selection, name)) is not None
     }
     query = f"""
-        select {_LOT_COLUMNS} from lot
+        select {LOT_COLUMNS} from lot
         where organization_id = %(organization_id)s and entity_id = %(entity_id)s and asset_id = %(asset_id)s
           and status = %(status)s and remaining > 0 {" ".join(_NARROWING[name] for name in params)}
           {"and is_provisional" if selection.only_provisional else ""}
@@ -72,10 +77,12 @@ async def load_lots(tx: Transaction, lots: LotBook, selection: Selection, amount
     while True:
         rows = await (await tx.execute(query.format(after=after), params)).fetchall()
         page = lots.add(Lot(*row) for row in rows)
-        for lot in filter(selection.matches, page):
+        for lot in filter((counted or selection).matches, page):
             found = EXACT.add(found, lot.remaining)
-        if len(page) < limits.LOTS_PER_PAGE or (amount is not None and found >= amount):
-            return
+        if len(page) < limits.LOTS_PER_PAGE:
+            return None
+        if amount is not None and found >= amount:
+            return page[-1].created_at, page[-1].id
         after = "and (created_at, id) > (%(after_created_at)s, %(after_id)s)"
         params |= {"after_created_at": page[-1].created_at, "after_id": page[-1].id}
 
@@ -85,7 +92,7 @@ async def load_holds(tx: Transaction, holds: HoldBook, hold_ids: Collection[UUID
     if not hold_ids:
         return
     rows = await tx.execute(
-        f"select {_HOLD_COLUMNS} from hold where organization_id = %s and id = any(%s)",
+        f"select {HOLD_COLUMNS} from hold where organization_id = %s and id = any(%s)",
         (tx.organization_id, list(hold_ids)),
     )
     holds.add(Hold(*row) for row in await rows.fetchall())
@@ -94,7 +101,7 @@ async def load_holds(tx: Transaction, holds: HoldBook, hold_ids: Collection[UUID
 async def load_lots_by_id(tx: Transaction, lots: LotBook, lot_ids: Collection[UUID]) -> list[Lot]:
     """Bring these lots into `lots`; they are returned in no order. The caller holds their holders' locks."""
     rows = await tx.execute(
-        f"select {_LOT_COLUMNS} from lot where organization_id = %s and id = any(%s)",
+        f"select {LOT_COLUMNS} from lot where organization_id = %s and id = any(%s)",
         (tx.organization_id, list(lot_ids)),
     )
     return lots.add([Lot(*row) for row in await rows.fetchall()])
@@ -103,7 +110,7 @@ async def load_lots_by_id(tx: Transaction, lots: LotBook, lot_ids: Collection[UU
 async def load_lots_of_holds(tx: Transaction, lots: LotBook, hold_ids: Collection[UUID]) -> None:
     """Bring the lots that lie in these holds into `lots`. The caller holds their holders' locks."""
     rows = await tx.execute(
-        f"select {_LOT_COLUMNS} from lot"
+        f"select {LOT_COLUMNS} from lot"
         " where organization_id = %s and hold_id = any(%s) and status = 'HELD' and remaining > 0",
         (tx.organization_id, list(hold_ids)),
     )
@@ -112,13 +119,13 @@ async def load_lots_of_holds(tx: Transaction, lots: LotBook, hold_ids: Collectio
 
 async def load_oldest_holds(
     tx: Transaction, holds: HoldBook, entity_id: UUID, asset_id: UUID, amount: Decimal | None
-) -> None:
+) -> tuple[datetime, UUID] | None:
     """Bring the holder's active holds of an asset into `holds`, the oldest first, until they make `amount`.
 
-    As with lots, what counts is what remains of them in `holds`.
+    Where it stopped, as with lots. As with them, what counts is what remains of them in `holds`.
     """
     query = f"""
-        select {_HOLD_COLUMNS} from hold
+        select {HOLD_COLUMNS} from hold
         where organization_id = %(organization_id)s and entity_id = %(entity_id)s and asset_id = %(asset_id)s
           and status = 'ACTIVE' and kind <> 'REDEMPTION' {{after}}
         order by created_at, id limit {limits.LOTS_PER_PAGE}
@@ -135,8 +142,10 @@ async def load_oldest_holds(
         holds.add(page)
         for hold in page:
             found = EXACT.add(found, holds.get(hold.id).remaining)
-        if len(page) < limits.LOTS_PER_PAGE or (amount is not None and found >= amount):
-            return
+        if len(page) < limits.LOTS_PER_PAGE:
+            return None
+        if amount is not None and found >= amount:
+            return page[-1].created_at, page[-1].id
         after = "and (created_at, id) > (%(after_created_at)s, %(after_id)s)"
         params |= {"after_created_at": page[-1].created_at, "after_id": page[-1].id}
 
@@ -164,8 +173,8 @@ json_to_recordset(%(rows)s::json) as r (
 """
 
 _INSERT_LOTS = f"""
-insert into lot (organization_id, {_LOT_COLUMNS})
-select %(organization_id)s, {_LOT_COLUMNS} from {_LOT_RECORD}
+insert into lot (organization_id, {LOT_COLUMNS})
+select %(organization_id)s, {LOT_COLUMNS} from {_LOT_RECORD}
 """
 
 _UPDATE_LOTS = f"""
@@ -188,8 +197,8 @@ json_to_recordset(%(rows)s::json) as r (
 """
 
 _INSERT_HOLDS = f"""
-insert into hold (organization_id, {_HOLD_COLUMNS}, updated_at)
-select %(organization_id)s, {_HOLD_COLUMNS}, %(now)s from {_HOLD_RECORD}
+insert into hold (organization_id, {HOLD_COLUMNS}, updated_at)
+select %(organization_id)s, {HOLD_COLUMNS}, %(now)s from {_HOLD_RECORD}
 """
 
 _UPDATE_HOLDS = f"""

@@ -60,12 +60,14 @@ class HoldBook:
     opened: list[Hold] = field(default_factory=list)
     changes: list[HoldChangeRow] = field(default_factory=list)
     _holds: dict[UUID, Hold] = field(default_factory=dict)
+    _of: dict[tuple[UUID, UUID], list[Hold]] = field(default_factory=dict)
     _log: list[HoldChangeRow | Hold] = field(default_factory=list)
 
     def add(self, holds: Iterable[Hold]) -> None:
         """Take over holds as they were loaded; ones that are here already stay as they are."""
         for hold in holds:
-            self._holds.setdefault(hold.id, hold)
+            if hold.id not in self._holds:
+                self._put(hold)
 
     def get(self, hold_id: UUID) -> Hold:
         """The hold of this id. Raises KeyError when it isn't loaded."""
@@ -113,7 +115,7 @@ class HoldBook:
             created_at,
             is_new=True,
         )
-        self._holds[hold.id] = hold
+        self._put(hold)
         self.opened.append(hold)
         self._log.append(hold)
         return hold
@@ -128,10 +130,8 @@ class HoldBook:
         wanted = sorted(
             (
                 hold
-                for hold in self._holds.values()
-                if hold.entity_id == entity_id
-                and hold.asset_id == asset_id
-                and hold.status == "ACTIVE"
+                for hold in self._of.get((entity_id, asset_id), ())
+                if hold.status == "ACTIVE"
                 and (hold.id == only if only is not None else hold.kind != "REDEMPTION")
             ),
             key=lambda hold: (hold.created_at, hold.id),
@@ -158,6 +158,10 @@ class HoldBook:
             self.changes.append(row)
             self._log.append(row)
 
+    def _put(self, hold: Hold) -> None:
+        self._holds[hold.id] = hold
+        self._of.setdefault((hold.entity_id, hold.asset_id), []).append(hold)
+
     @property
     def ended(self) -> list[Hold]:
         """The holds of which nothing remains by what has been done here."""
@@ -174,6 +178,7 @@ class HoldBook:
             if isinstance(done, Hold):
                 self.opened.pop()
                 del self._holds[done.id]
+                self._of[done.entity_id, done.asset_id].remove(done)
             else:
                 self.changes.pop()
                 done.hold.remaining = EXACT.subtract(done.hold.remaining, done.delta)

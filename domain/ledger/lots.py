@@ -124,6 +124,10 @@ class LotBook:
             here.append(self._known[lot.id])
         return here
 
+    def loaded(self) -> Iterable[Lot]:
+        """Every lot in memory."""
+        return self._known.values()
+
     def matching(self, selection: Selection) -> Iterator[Lot]:
         """The lots in memory that match, FIFO."""
         shelf = self._lots.get((selection.entity_id, selection.asset_id), ())
@@ -212,6 +216,23 @@ class LotBook:
         """
         return [self._move(part, entry_id, status, reference_id, hold_id) for part in parts]
 
+    def refill(self, parts: Sequence[Part], entry_id: UUID) -> list[Part]:
+        """Give value back to the lots that it came from, which are AVAILABLE then; the lots that it now lies in.
+
+        They keep their vintage and their expiry. Of a lot whose rest is HELD meanwhile the part becomes a twin.
+        Contract: holders.md 7.2.
+        """
+        return [self._refill(part, entry_id) for part in parts]
+
+    def _refill(self, part: Part, entry_id: UUID) -> Part:
+        lot = part.lot
+        if lot.status == "HELD":
+            return Part(self._twin(lot, entry_id, "AVAILABLE", part.amount), part.amount)
+        remaining = EXACT.add(lot.remaining, part.amount)
+        assert remaining <= lot.amount, "a lot never gets more back than it gave"
+        self._change(lot, entry_id, remaining=remaining, status="AVAILABLE", reference_id=None, hold_id=None)
+        return part
+
     def _move(
         self, part: Part, entry_id: UUID, status: LotStatus, reference_id: str | None, hold_id: UUID | None
     ) -> Part:
@@ -220,21 +241,34 @@ class LotBook:
             self._change(lot, entry_id, status=status, reference_id=reference_id, hold_id=hold_id, is_provisional=False)
             return part
         self._change(lot, entry_id, remaining=EXACT.subtract(lot.remaining, part.amount))
-        split = self.open(
+        twin = self._twin(lot, entry_id, status, part.amount, reference_id=reference_id, hold_id=hold_id)
+        return Part(twin, part.amount)
+
+    def _twin(
+        self,
+        lot: Lot,
+        entry_id: UUID,
+        status: LotStatus,
+        amount: Decimal,
+        *,
+        reference_id: str | None = None,
+        hold_id: UUID | None = None,
+    ) -> Lot:
+        """A new lot of the same vintage, expiry and maturity."""
+        return self.open(
             entry_id=entry_id,
             entity_type=lot.entity_type,
             entity_id=lot.entity_id,
             asset_id=lot.asset_id,
             program_id=lot.program_id,
             status=status,
-            amount=part.amount,
+            amount=amount,
             created_at=lot.created_at,
             expires_at=lot.expires_at,
             matures_at=lot.matures_at,
             reference_id=reference_id,
             hold_id=hold_id,
         )
-        return Part(split, part.amount)
 
     def _change(
         self,

@@ -6,9 +6,10 @@ Contract: rules-and-events.md 4. A rule set may be shared by threads: nothing in
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Literal
 from uuid import UUID
 
 from sqlmodel import col, select
@@ -17,11 +18,14 @@ from db.session import Transaction
 from db.tables import Rule
 from domain.errors import Refusal
 from domain.rules.actions import Action, Target, parse_actions
+from domain.rules.budgets import rules_with_budgets
 from domain.rules.cel import Expression, ExpressionError, compile_expression
 
 __all__ = ["Action", "CompiledRule", "RuleSet", "Target", "load_rule_set"]
 
 logger = logging.getLogger("scrip.rules")
+
+Bucket = Literal["AVAILABLE", "HELD"]
 
 RULE_SETS_CACHED = 256
 TYPES_CACHED = 1_024
@@ -55,14 +59,18 @@ class CompiledRule:
 class RuleSet:
     """The ACTIVE rules of one version of a program, in their order, and what they can reach.
 
-    `has_targets`: some action is directed at a participant that its target names. `uses_program_state`: some expression
-    reads `program`, or some action writes it. The key sets say which counters and attributes of participants and of the
-    program are read or written; None means any, because a key is computed.
+    `has_targets`: some action is directed at somebody whom its target names. `uses_program_state`: some expression
+    reads `program`, or some action writes it. `reads_groups`: some expression reads the participant's groups. `keys` says
+    which counters and attributes of participants, groups and programs are read or written. `taking` are the (asset,
+    bucket) pairs that actions take value from. `budgeted` are the rules that have budgets.
     """
 
-    def __init__(self, program_id: UUID, version: int, rules: Iterable[CompiledRule]) -> None:
+    def __init__(
+        self, program_id: UUID, version: int, rules: Iterable[CompiledRule], budgeted: Collection[UUID] = ()
+    ) -> None:
         self.program_id = program_id
         self.version = version
+        self.budgeted = tuple(sorted(budgeted))
         self.rules = tuple(sorted(rules, key=lambda rule: rule.order))
         self._any_type = tuple(rule for rule in self.rules if rule.condition.event_types is None)
         self._indexed_types = frozenset(
@@ -72,15 +80,22 @@ class RuleSet:
 
         actions = [action for rule in self.rules for action in rule.actions]
         paths = {path for rule in self.rules for expression in rule.expressions() for path in expression.references}
-        on_program = [action for action in actions if _is_on_program(action)]
-        on_participants = [action for action in actions if not _is_on_program(action)]
+        directed: dict[str, list[Action]] = {"PARTICIPANT": [], "GROUP": [], "PROGRAM": []}
+        for action in actions:
+            directed[action.target.type if action.target is not None else "PARTICIPANT"].append(action)
         self.asset_ids = frozenset(action.asset_id for action in actions if action.asset_id is not None)
-        self.has_targets = any(action.target is not None for action in on_participants)
-        self.uses_program_state = bool(on_program) or any(path[0] == "program" for path in paths)
-        self.counter_keys = _keys(paths, "participant", "counters", on_participants)
-        self.attribute_keys = _keys(paths, "participant", "attributes", on_participants)
-        self.program_counter_keys = _keys(paths, "program", "counters", on_program)
-        self.program_attribute_keys = _keys(paths, "program", "attributes", on_program)
+        self.taking = frozenset(pair for action in actions for pair in _takes_from(action))
+        self.has_targets = any(
+            action.target is not None and (action.target.type != "PROGRAM" or action.target.id not in (None, program_id))
+            for action in actions
+        )
+        self.uses_program_state = bool(directed["PROGRAM"]) or any(path[0] == "program" for path in paths)
+        self.reads_groups = any(path[0] in ("group", "groups") for path in paths)
+        self.keys = {
+            "PARTICIPANT": Keys.of(paths, "participant", directed["PARTICIPANT"]),
+            "GROUP": Keys.of(paths, "group", directed["GROUP"]),
+            "PROGRAM": Keys.of(paths, "program", directed["PROGRAM"]),
+        }
 
     def candidates(self, event_type: object) -> Sequence[CompiledRule]:
         """The rules whose condition could be true for an event of this type, in order.
@@ -105,25 +120,51 @@ def _admits(rule: CompiledRule, event_type: str) -> bool:
     return types is None or event_type in types
 
 
-def _is_on_program(action: Action) -> bool:
-    return action.target is not None and action.target.type == "PROGRAM"
+_IN_HELD = frozenset({"RELEASE", "VOID_HOLD"})
 
 
-_WRITERS = {"counters": "COUNTER", "attributes": "SET_ATTRIBUTE"}
+def _takes_from(action: Action) -> Iterable[tuple[UUID, Bucket]]:
+    """The asset and bucket out of which the action takes value that lies there in lots or holds."""
+    if action.asset_id is None:
+        return
+    if action.type == "HOLD" or (action.type in ("DEBIT", "FORFEIT") and action.bucket != "HELD"):
+        yield action.asset_id, "AVAILABLE"
+    elif action.type in _IN_HELD or action.type in ("DEBIT", "FORFEIT") or _settles(action):
+        yield action.asset_id, "HELD"
+
+
+def _settles(action: Action) -> bool:
+    return action.type == "CREDIT" and action.bucket != "HELD" and action.reference_id is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The counters and attributes that rules can reach; None means any, because a key is computed."""
+
+    counters: frozenset[str] | None
+    attributes: frozenset[str] | None
+
+    @classmethod
+    def of(cls, paths: Collection[tuple[str, ...]], variable: str, actions: Collection[Action]) -> "Keys":
+        """The keys of `variable` that are read at `paths` or written by `actions`."""
+        return cls(
+            _keys(paths, variable, "counters", [a for a in actions if a.type == "COUNTER"]),
+            _keys(paths, variable, "attributes", [a for a in actions if a.type == "SET_ATTRIBUTE"]),
+        )
 
 
 def _keys(
-    paths: Iterable[tuple[str, ...]], variable: str, member: str, actions: Iterable[Action]
+    paths: Iterable[tuple[str, ...]], variable: str, member: str, writers: Iterable[Action]
 ) -> frozenset[str] | None:
-    """The keys of `variable.member` that are read at `paths` or written by `actions`; None for any."""
-    written = {action.key for action in actions if action.type == _WRITERS[member] and action.key is not None}
-    read: set[str] = set()
+    keys = {action.key for action in writers if action.key is not None}
     for path in paths:
+        if path == ("groups",) and variable == "group":
+            return None
         if path[:2] in ((variable,), (variable, member)):
             if len(path) < 3:
                 return None
-            read.add(path[2])
-    return frozenset(read | written)
+            keys.add(path[2])
+    return frozenset(keys)
 
 
 _cache: OrderedDict[tuple[UUID, UUID], RuleSet] = OrderedDict()
@@ -150,7 +191,9 @@ async def load_rule_set(tx: Transaction, program_id: UUID, version: int) -> Rule
         )
     )
     compiled_before = {rule.history_id: rule for rule in known.rules} if known is not None else {}
-    loaded = RuleSet(program_id, version, _compile_rules(rows, compiled_before))
+    rules = _compile_rules(rows, compiled_before)
+    with_budgets = await rules_with_budgets(tx, program_id)
+    loaded = RuleSet(program_id, version, rules, [rule.id for rule in rules if rule.id in with_budgets])
     with _cache_lock:
         _cache[key] = loaded
         _cache.move_to_end(key)

@@ -15,7 +15,7 @@ import pytest
 
 from db.session import DatabaseUnavailable
 from domain import faults, limits
-from domain.events import batch
+from domain.events import batch, writing
 from domain.events.drain import DrainResult, drain, lane_of, programs_with_events_due_at
 from domain.events.queries import retry
 from domain.events.retries import RetryPolicy
@@ -135,7 +135,7 @@ async def test_due_events_are_found_by_age_whatever_their_kind(program: EventPro
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Events whose payload says so can't be written: something that no rule outcome covers."""
-    true_row = batch._event_row
+    true_row = writing._event_row
 
     def row(outcome: Any, *more: Any) -> dict[str, Any]:
         shown = true_row(outcome, *more)
@@ -143,7 +143,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
             shown["error_message"] = "\x00"
         return shown
 
-    monkeypatch.setattr(batch, "_event_row", row)
+    monkeypatch.setattr(writing, "_event_row", row)
 
 
 @pytest.mark.usefixtures("poison")

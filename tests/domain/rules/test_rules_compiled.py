@@ -16,7 +16,7 @@ from domain.ids import new_id
 from domain.rules import compiled, store
 from domain.rules.actions import parse_actions
 from domain.rules.cel import compile_expression
-from domain.rules.compiled import CompiledRule, RuleSet, load_rule_set
+from domain.rules.compiled import CompiledRule, Keys, RuleSet, load_rule_set
 from tests.conftest import Tenant
 
 TAG = {"type": "TAG", "tag": "seen"}
@@ -107,6 +107,9 @@ def test_candidates_of_many_unknown_types_are_not_kept() -> None:
 # --- what a set can reach ---------------------------------------------------------------------------------------------
 
 
+NONE: frozenset[str] = frozenset()
+
+
 def counter(key: str, value: str = "1", **target: str) -> dict[str, Any]:
     return {"type": "COUNTER", "key": key, "value": value} | ({"target": target} if target else {})
 
@@ -130,10 +133,9 @@ def test_keys_are_those_that_expressions_read_or_actions_write() -> None:
         )
     )
 
-    assert rules.counter_keys == frozenset({"a", "b", "c"})
-    assert rules.attribute_keys == frozenset({"tier", "country", "home"})
-    assert rules.program_counter_keys == frozenset({"p", "q"})
-    assert rules.program_attribute_keys == frozenset()
+    assert rules.keys["PARTICIPANT"] == Keys(frozenset({"a", "b", "c"}), frozenset({"tier", "country", "home"}))
+    assert rules.keys["PROGRAM"] == Keys(frozenset({"p", "q"}), NONE)
+    assert rules.keys["GROUP"] == Keys(NONE, NONE)
 
 
 @pytest.mark.parametrize(
@@ -141,22 +143,48 @@ def test_keys_are_those_that_expressions_read_or_actions_write() -> None:
     ["participant.counters[event.key] > 1", "participant.counters.size() > 1", "participant.counters == {}"],
 )
 def test_a_computed_key_means_all_keys(condition: str) -> None:
-    rules = rule_set(rule(1, condition))
-
-    assert rules.counter_keys is None
-    assert rules.attribute_keys == frozenset()
+    assert rule_set(rule(1, condition)).keys["PARTICIPANT"] == Keys(None, NONE)
 
 
 def test_the_whole_participant_means_all_keys_of_everything() -> None:
     rules = rule_set(rule(1, "participant[event.member].size() > 1"))
 
-    assert (rules.counter_keys, rules.attribute_keys, rules.program_counter_keys) == (None, None, frozenset())
+    assert rules.keys["PARTICIPANT"] == Keys(None, None)
+    assert rules.keys["PROGRAM"] == Keys(NONE, NONE)
 
 
 def test_tags_read_no_keys_at_all() -> None:
-    rules = rule_set(rule(1, "'vip' in participant.tags"))
+    assert rule_set(rule(1, "'vip' in participant.tags")).keys["PARTICIPANT"] == Keys(NONE, NONE)
 
-    assert (rules.counter_keys, rules.attribute_keys) == (frozenset(), frozenset())
+
+def test_reading_one_group_reads_its_keys_and_reading_all_groups_reads_everything() -> None:
+    one = rule_set(rule(1, "group.counters.visits > 1"))
+    every = rule_set(rule(1, "groups.exists(g, g.counters.visits > 1)"))
+
+    assert (one.reads_groups, one.keys["GROUP"]) == (True, Keys(frozenset({"visits"}), NONE))
+    assert (every.reads_groups, every.keys["GROUP"]) == (True, Keys(None, None))
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        ({"type": "CREDIT", "amount": "1"}, None),
+        ({"type": "CREDIT", "amount": "1", "bucket": "HELD", "reference_id": "event.r"}, None),
+        ({"type": "CREDIT", "amount": "1", "reference_id": "event.r"}, "HELD"),
+        ({"type": "DEBIT", "amount": "1"}, "AVAILABLE"),
+        ({"type": "DEBIT", "amount": "1", "bucket": "HELD"}, "HELD"),
+        ({"type": "HOLD", "amount": "1"}, "AVAILABLE"),
+        ({"type": "RELEASE"}, "HELD"),
+        ({"type": "FORFEIT"}, "AVAILABLE"),
+        ({"type": "FORFEIT", "bucket": "HELD"}, "HELD"),
+        ({"type": "VOID_HOLD", "reference_id": "event.r"}, "HELD"),
+    ],
+)
+def test_which_lots_and_holds_an_action_takes_from(action: dict[str, Any], expected: str | None) -> None:
+    asset = new_id()
+    rules = rule_set(rule(1, "true", action | {"asset_id": str(asset)}))
+
+    assert rules.taking == ({(asset, expected)} if expected else frozenset())
 
 
 @pytest.mark.parametrize(
