@@ -18,9 +18,12 @@ from api import (
     lots,
     participants,
     programs,
+    redemptions,
+    rewards,
     rules,
     state,
     statements,
+    transfers,
     wallet,
 )
 from api.backlog import BacklogGauge
@@ -55,6 +58,9 @@ ROUTERS = (
     state.state_router("Programs", "program"),
     assets.router,
     wallet.router,
+    rewards.router,
+    redemptions.router,
+    transfers.router,
     rules.router,
     statements.router,
     ledger.router,
