@@ -2,9 +2,10 @@
 
 from typing import Any
 
-import orjson
 from pydantic import BaseModel
 from starlette.responses import Response
+
+from db import json
 
 _REPLAYED = {"Idempotent-Replayed": "true"}
 
@@ -28,8 +29,8 @@ def respond(body: BaseModel, status: int = 200, *, replayed: bool = False) -> Js
 
 
 def respond_dict(body: dict[str, Any], status: int = 200, *, replayed: bool = False) -> JsonResponse:
-    """Like `respond`, for a body of strings, integers, booleans and containers of those: the hot endpoints."""
-    return JsonResponse(orjson.dumps(body), status, _REPLAYED if replayed else None)
+    """Like `respond`, for a body that is JSON as it stands, numbers as Decimals: the hot endpoints."""
+    return JsonResponse(json.dumps(body), status, _REPLAYED if replayed else None)
 
 
 def no_content() -> Response:

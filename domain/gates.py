@@ -98,11 +98,11 @@ def require_linked_asset(terms: Terms) -> None:
         raise Refusal("asset_not_linked", "asset is not linked to the program")
 
 
-def require_within_cap(terms: Terms, amount: Decimal) -> None:
+def require_within_cap(terms: Terms, amount: Decimal, field: str = "amount") -> None:
     """Refuse an amount above the asset's ceiling (`max_transaction_amount_exceeded`); equal is allowed."""
     ceiling = terms.max_transaction_amount
     if ceiling is None or amount <= ceiling:
         return
-    message = f"amount is above the asset's max_transaction_amount of {terms.print(ceiling)}"
-    problem = Problem("amount", message, expected=f"at most {terms.print(ceiling)}", received=terms.print(amount))
+    message = f"{field} is above the asset's max_transaction_amount of {terms.print(ceiling)}"
+    problem = Problem(field, message, expected=f"at most {terms.print(ceiling)}", received=terms.print(amount))
     raise Refusal("max_transaction_amount_exceeded", message, [problem])

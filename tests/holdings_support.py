@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 from db.session import Database, Transaction
-from domain import balances, gates, holds, wallet
+from domain import balances, gates, holds, transfers, wallet
 from domain.balances import AdjustRequest, AdjustResult, Holder, Operation, OperationRequest, OperationResult
 from domain.gates import Terms
 from domain.holds import HoldEnd
@@ -21,6 +21,7 @@ from domain.ledger.journal import load_accounts, write
 from domain.ledger.movements import Cause, HoldTerms, Position, Settlement
 from domain.locks import lock_groups, lock_participants, lock_programs
 from domain.money import format_plain
+from domain.transfers import HolderName, TransferRecord, TransferRequest, WantedShare
 from domain.upkeep import process_due_lots
 from domain.wallet import WalletRequest
 from tests.builders import Shop
@@ -101,6 +102,18 @@ class Desk:
 
     async def void(self, reference_id: str, **fields: Any) -> OperationResult:
         return await self.operate("VOID_HOLD", reference_id=reference_id, **fields)
+
+    async def transfer(self, recipient: Holder, *amounts: str) -> TransferRecord:
+        """A transfer to one recipient, in as many shares as there are amounts."""
+        request = TransferRequest(
+            program_id=self.program_id,
+            asset_id=self.asset_id,
+            source=_name(self.holder),
+            shares=[WantedShare(_name(recipient), amount) for amount in amounts],
+            description="by hand",
+        )
+        async with self.database.transaction(self.organization_id) as tx:
+            return (await transfers.create(tx, request)).transfer
 
     async def fund(self, amount: str) -> None:
         async with self.database.transaction(self.organization_id) as tx:
@@ -286,3 +299,7 @@ class Desk:
         assert row is not None
         count: int = row["n"]
         return count
+
+
+def _name(holder: Holder) -> HolderName:
+    return HolderName("group_id" if holder.type == "GROUP" else "participant_id", holder.id)

@@ -79,7 +79,7 @@ def credit(
     bucket: Bucket = "DEFERRED" if matures_at is not None and matures_at > cause.now else "AVAILABLE"
     account = position.account(books, bucket)
     repaid = overdraft_repaid(account.balance, amount) if bucket == "AVAILABLE" else ZERO
-    entry = _post(books, "CREDIT", cause, [(source, amount.copy_negate()), (account, amount)])
+    entry = post(books, "CREDIT", cause, [(source, amount.copy_negate()), (account, amount)])
     if position.has_lots:
         _open_lot(books, position, cause, amount, bucket, expires_at=expires_at, matures_at=matures_at, repaid=repaid)
     return entry
@@ -96,7 +96,7 @@ def credit_held(
     expires_at: datetime | None = None,
 ) -> Entry:
     """Credit HELD: provisional value, with a hold record and on LOT assets one provisional lot."""
-    entry = _post(books, "CREDIT", cause, [(source, amount.copy_negate()), (position.account(books, "HELD"), amount)])
+    entry = post(books, "CREDIT", cause, [(source, amount.copy_negate()), (position.account(books, "HELD"), amount)])
     _open_hold(books, position, cause, amount, terms, "PROVISIONAL")
     if position.has_lots:
         books.lots.open(
@@ -133,7 +133,7 @@ def debit(books: Books, position: Position, cause: Cause, amount: Decimal, *, al
                 raise Refusal("insufficient_balance", "insufficient balance")
             expire_due(books, position, cause.now)
     breakage = books.system("SYSTEM_BREAKAGE", position.asset_id)
-    entry = _post(books, "DEBIT", cause, [(account, amount.copy_negate()), (breakage, amount)])
+    entry = post(books, "DEBIT", cause, [(account, amount.copy_negate()), (breakage, amount)])
     books.lots.spend(parts, cause.entry_id)
     return entry
 
@@ -161,7 +161,7 @@ def hold(
     wanted = reachable if amount is None else amount
     if wanted <= ZERO or reachable < wanted:
         raise Refusal("insufficient_balance", "insufficient balance")
-    entry = _post(books, "HOLD", cause, [(available, wanted.copy_negate()), (position.account(books, "HELD"), wanted)])
+    entry = post(books, "HOLD", cause, [(available, wanted.copy_negate()), (position.account(books, "HELD"), wanted)])
     _open_hold(books, position, cause, wanted, terms, "OWN")
     moved = books.lots.move(parts, cause.entry_id, "HELD", reference_id=cause.reference_id, hold_id=terms.hold_id)
     return entry, moved
@@ -195,10 +195,10 @@ def release(
     available = position.account(books, "AVAILABLE")
     owed = overdraft_repaid(available.balance, released)
     held = position.account(books, "HELD")
-    entry = _post(books, "RELEASE", cause, [(held, released.copy_negate()), (available, released)])
+    entry = post(books, "RELEASE", cause, [(held, released.copy_negate()), (available, released)])
     books.holds.reduce(taken, cause.entry_id, final)
     moved = books.lots.move(parts, cause.entry_id, "AVAILABLE")
-    _repay(books, moved, owed, cause.entry_id)
+    repay_overdraft(books, moved, owed, cause.entry_id)
     return entry, moved
 
 
@@ -216,7 +216,7 @@ def forfeit(
     if wanted <= ZERO or reachable < wanted:
         raise Refusal("insufficient_balance", "insufficient balance")
     breakage = books.system("SYSTEM_BREAKAGE", position.asset_id)
-    entry = _post(books, "FORFEIT", cause, [(account, wanted.copy_negate()), (breakage, wanted)])
+    entry = post(books, "FORFEIT", cause, [(account, wanted.copy_negate()), (breakage, wanted)])
     books.lots.spend(parts, cause.entry_id)
     return entry, parts
 
@@ -235,6 +235,32 @@ def forfeit_held(
     return _take_held(books, position, cause, "FORFEIT", amount, final, selection=selection, only=only)
 
 
+def transfer(books: Books, source: Position, cause: Cause, shares: Sequence[tuple[Position, Decimal]]) -> Entry:
+    """Move AVAILABLE of `source` into AVAILABLE of each recipient: one posting per share, in their order.
+
+    The source is none of the recipients; one of these may come more than once. Lots of the source are taken FIFO; each
+    share makes one new lot, without expiry. Raises Refusal `insufficient_balance`. Contract: redemptions.md 5.2.
+    """
+    wanted = _sum(amount for _, amount in shares)
+    account = source.account(books, "AVAILABLE")
+    require(account.balance, wanted)
+    parts: Sequence[Part] = ()
+    if source.has_lots:
+        parts = books.lots.take(source.select("AVAILABLE", cause.now), wanted)
+        require(total(parts), wanted)
+    inflows = [(recipient.account(books, "AVAILABLE"), amount) for recipient, amount in shares]
+    entry = post(books, "TRANSFER", cause, [(account, wanted.copy_negate()), *inflows])
+    if not source.has_lots:
+        return entry
+    books.lots.spend(parts, cause.entry_id)
+    for (recipient, amount), line in zip(shares, entry.lines[1:], strict=True):
+        assert line.balance is not None, "holders have running balances"
+        # The balance before this very posting: shares before it may have repaid the overdraft already.
+        repaid = overdraft_repaid(EXACT.subtract(line.balance, amount), amount)
+        _open_lot(books, recipient, cause, amount, "AVAILABLE", expires_at=None, matures_at=None, repaid=repaid)
+    return entry
+
+
 def void_hold(
     books: Books, position: Position, cause: Cause, selection: Selection, sources: dict[UUID, Account]
 ) -> tuple[Entry, list[Part]]:
@@ -248,7 +274,7 @@ def void_hold(
         raise Refusal("insufficient_balance", "nothing provisional is held under this reference")
     movements = [(position.account(books, "HELD"), total(parts).copy_negate())]
     movements += _returns(parts, sources)
-    entry = _post(books, "VOID_HOLD", cause, movements)
+    entry = post(books, "VOID_HOLD", cause, movements)
     books.holds.reduce(by_hold(parts), cause.entry_id, "VOIDED")
     books.lots.spend(parts, cause.entry_id)
     return entry, parts
@@ -297,7 +323,7 @@ def settle(
         movements.append((source, delta.copy_negate()))
     elif delta < ZERO:
         movements += _returns(_newest(parts, delta.copy_negate()), sources)
-    entry = _post(books, "CREDIT", cause, movements)
+    entry = post(books, "CREDIT", cause, movements)
     expiries = [part.lot.expires_at for part in parts if part.lot.expires_at is not None]
     books.holds.reduce(by_hold(parts), cause.entry_id, "SETTLED")
     books.lots.spend(parts, cause.entry_id)
@@ -313,8 +339,8 @@ def mature(books: Books, position: Position, lot: Lot, now: datetime) -> Entry:
     available = position.account(books, "AVAILABLE")
     owed = overdraft_repaid(available.balance, amount)
     deferred = position.account(books, "DEFERRED")
-    entry = _post(books, "MATURITY", cause, [(deferred, amount.copy_negate()), (available, amount)])
-    _repay(books, books.lots.move([Part(lot, amount)], cause.entry_id, "AVAILABLE"), owed, cause.entry_id)
+    entry = post(books, "MATURITY", cause, [(deferred, amount.copy_negate()), (available, amount)])
+    repay_overdraft(books, books.lots.move([Part(lot, amount)], cause.entry_id, "AVAILABLE"), owed, cause.entry_id)
     return entry
 
 
@@ -334,7 +360,7 @@ def expire(books: Books, position: Position, lot: Lot, now: datetime) -> Entry:
     cause = Cause(new_id(), lot.program_id, now, description="expiry")
     breakage = books.system("SYSTEM_BREAKAGE", position.asset_id)
     available = position.account(books, "AVAILABLE")
-    entry = _post(books, "EXPIRY", cause, [(available, amount.copy_negate()), (breakage, amount)])
+    entry = post(books, "EXPIRY", cause, [(available, amount.copy_negate()), (breakage, amount)])
     books.lots.spend([Part(lot, amount)], cause.entry_id, "EXPIRED")
     return entry
 
@@ -342,7 +368,8 @@ def expire(books: Books, position: Position, lot: Lot, now: datetime) -> Entry:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _post(books: Books, action_type: ActionType, cause: Cause, movements: Sequence[tuple[Account, Decimal]]) -> Entry:
+def post(books: Books, action_type: ActionType, cause: Cause, movements: Sequence[tuple[Account, Decimal]]) -> Entry:
+    """Post the one entry of an operation, as its cause says. What `Books.post` demands holds here."""
     return books.post(
         action_type,
         movements,
@@ -380,7 +407,7 @@ def _take_held(
         raise Refusal("insufficient_balance", "insufficient balance")
     breakage = books.system("SYSTEM_BREAKAGE", position.asset_id)
     held = position.account(books, "HELD")
-    entry = _post(books, action_type, cause, [(held, wanted.copy_negate()), (breakage, wanted)])
+    entry = post(books, action_type, cause, [(held, wanted.copy_negate()), (breakage, wanted)])
     books.holds.reduce(taken, cause.entry_id, final)
     books.lots.spend(parts, cause.entry_id)
     return entry, parts
@@ -438,7 +465,7 @@ def _open_hold(
     )
 
 
-def _repay(books: Books, parts: Sequence[Part], owed: Decimal, entry_id: UUID) -> None:
+def repay_overdraft(books: Books, parts: Sequence[Part], owed: Decimal, entry_id: UUID) -> None:
     """Let an overdraft take `owed` of value that has just come back into AVAILABLE."""
     for part in parts:
         if owed == ZERO:

@@ -1,7 +1,7 @@
 """A small ledger in plain Python, written from the contract alone: what the real one is compared with.
 
 It knows one asset, some holders and some programs. It has no accounts and no entries: balances are what lots, holds and
-two numbers say. Contract: holders.md 6 and 7.
+two numbers say. Contract: holders.md 6 and 7, redemptions.md 5.2.
 """
 
 from collections.abc import Collection, Iterable
@@ -227,6 +227,21 @@ class Reference:
         else:
             holder.available -= wanted
         self.broken += wanted
+
+    def transfer(self, source: RefHolder, program: int, shares: list[tuple[RefHolder, Decimal]]) -> None:
+        wanted = sum((amount for _, amount in shares), ZERO)
+        if self.has_lots:
+            parts = _take(self._spendable(source), wanted)
+            if _sum(parts) < wanted:
+                raise Refused
+            for lot, part in parts:
+                lot.spend(part)
+        else:
+            if source.available < wanted:
+                raise Refused
+            source.available -= wanted
+        for recipient, amount in shares:
+            self._inflow(recipient, program, amount, None, None)
 
     def debit_held(self, holder: RefHolder, amount: Decimal) -> None:
         self.broken += self._take_held(holder, amount, ANY, "SETTLED")

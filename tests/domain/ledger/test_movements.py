@@ -25,6 +25,7 @@ NOON = datetime.fromisoformat("2025-01-15T12:00:00+00:00")
 PROGRAM = new_id()
 ALICE = Position("PARTICIPANT", new_id(), new_id(), has_lots=True)
 BOB = Position("PARTICIPANT", new_id(), ALICE.asset_id, has_lots=False)
+CAROL = Position("GROUP", new_id(), ALICE.asset_id, has_lots=True)
 
 
 def new_books() -> Books:
@@ -125,6 +126,45 @@ def test_expiries_are_one_entry_per_lot() -> None:
     assert books.balance(ALICE.holder_id, ALICE.asset_id, "AVAILABLE") == 0
 
 
+def test_a_transfer_is_one_entry_with_a_posting_and_a_lot_per_share() -> None:
+    books = new_books()
+    old, young = credit(books, "4"), credit(books, "10", hour=1)
+
+    entry = movements.transfer(books, ALICE, cause(2), [(CAROL, d("3")), (CAROL, d("2"))])
+
+    assert [(line.account.entity_id, line.amount) for line in entry.lines] == [
+        (ALICE.holder_id, d("-5")),
+        (CAROL.holder_id, d("3")),
+        (CAROL.holder_id, d("2")),
+    ]
+    assert (old.status, young.status, young.remaining) == ("CONSUMED", "AVAILABLE", d("9"))
+    for lot, amount in zip(books.lots.opened[-2:], (d("3"), d("2")), strict=True):
+        assert (lot.entity_type, lot.amount, lot.remaining) == ("GROUP", amount, amount)
+        assert (lot.created_at, lot.expires_at, lot.entry_id) == (NOON + timedelta(hours=2), None, entry.id)
+
+
+def test_shares_repay_an_overdraft_one_after_the_other() -> None:
+    books = new_books()
+    credit(books, "20")
+    movements.debit(books, CAROL, cause(), d("7"), allow_negative=True)
+
+    movements.transfer(books, ALICE, cause(), [(CAROL, d("5")), (CAROL, d("5")), (CAROL, d("5"))])
+
+    assert [lot.remaining for lot in books.lots.opened[-3:]] == [d("0"), d("3"), d("5")]
+    assert books.balance(CAROL.holder_id, CAROL.asset_id, "AVAILABLE") == 8
+
+
+def test_a_transfer_between_simple_holdings_makes_no_lots() -> None:
+    books = new_books()
+    dave = replace(BOB, holder_id=new_id())
+    movements.credit(books, BOB, cause(), d("5"), issuance(books))
+
+    movements.transfer(books, BOB, cause(), [(dave, d("5"))])
+
+    assert books.lots.opened == []
+    assert books.balance(dave.holder_id, dave.asset_id, "AVAILABLE") == 5
+
+
 def test_what_is_refused_leaves_no_trace() -> None:
     books = new_books()
     credit(books, "10", expires_at=NOON + timedelta(hours=1))
@@ -142,6 +182,9 @@ def test_what_is_refused_leaves_no_trace() -> None:
         lambda: movements.forfeit_held(books, ALICE, cause(), None, everything),
         lambda: movements.void_hold(books, ALICE, cause(), everything, {}),
         lambda: movements.release(books, BOB, cause(), d("1"), BOB.select("HELD", NOON)),
+        lambda: movements.transfer(books, ALICE, cause(), [(CAROL, d("5")), (CAROL, d("5.01"))]),
+        lambda: movements.transfer(books, ALICE, cause(2), [(CAROL, d("1"))]),
+        lambda: movements.transfer(books, BOB, cause(), [(CAROL, d("1"))]),
     ):
         with pytest.raises(Refusal) as refusal:
             refused()
@@ -203,6 +246,9 @@ STEPS: list[Step] = [
     _mature,
     lambda b, x, h: movements.credit_held(b, BOB, cause(h), x, issuance(b), HoldTerms(new_id())),
     lambda b, x, h: movements.release(b, BOB, cause(h), x, BOB.select("HELD", NOON)),
+    lambda b, x, h: movements.transfer(b, ALICE, cause(h), [(CAROL, x), (CAROL, x)]),
+    lambda b, x, h: movements.transfer(b, CAROL, cause(h), [(ALICE, x)]),
+    lambda b, x, h: movements.debit(b, CAROL, cause(h), x, allow_negative=True),
 ]
 PLANS = st.lists(st.tuples(st.sampled_from(STEPS), st.sampled_from([d("1"), d("2.5"), d("10")])), max_size=14)
 
@@ -241,19 +287,24 @@ def seen(books: Books) -> tuple[Any, ...]:
         {key: (a.version, a.balance) for key, a in books.accounts.items() if a.version or a.balance},
         [(lot.id, lot.remaining, lot.status, lot.reference_id, lot.hold_id, lot.is_provisional) for lot in lots.opened],
         [(change.entry_id, change.lot.id, change.delta, change.status) for change in lots.changes],
-        [lot.id for lot in lots.matching(Selection(ALICE.holder_id, ALICE.asset_id, "AVAILABLE"))],
-        [lot.id for lot in lots.matching(Selection(ALICE.holder_id, ALICE.asset_id, "HELD"))],
+        [
+            lot.id
+            for holder in (ALICE, CAROL)
+            for status in ("AVAILABLE", "HELD")
+            for lot in lots.matching(Selection(holder.holder_id, holder.asset_id, status))
+        ],
         [(hold.id, hold.remaining, hold.status) for hold in books.holds.opened],
         [(change.entry_id, change.hold.id, change.delta, change.status) for change in books.holds.changes],
     )
 
 
 def assert_lots_make_the_buckets(books: Books) -> None:
-    for status in ("AVAILABLE", "HELD", "DEFERRED"):
-        lots = books.lots.matching(Selection(ALICE.holder_id, ALICE.asset_id, status))
-        total = sum((lot.remaining for lot in lots), d("0"))
-        balance = books.balance(ALICE.holder_id, ALICE.asset_id, status)
-        assert total == max(balance, d("0"))
+    for holder in (ALICE, CAROL):
+        for status in ("AVAILABLE", "HELD", "DEFERRED"):
+            lots = books.lots.matching(Selection(holder.holder_id, holder.asset_id, status))
+            total = sum((lot.remaining for lot in lots), d("0"))
+            balance = books.balance(holder.holder_id, holder.asset_id, status)
+            assert total == max(balance, d("0"))
     for position in (ALICE, BOB):
         held = sum((hold.remaining for hold in books.holds.opened if hold.entity_id == position.holder_id), d("0"))
         assert held == books.balance(position.holder_id, position.asset_id, "HELD")

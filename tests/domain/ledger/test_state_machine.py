@@ -4,7 +4,7 @@ Goal: no sequence of operations on lots, holds, wallets and overdrafts may end w
 Hypothesis state machine drives the real ledger on Postgres and `reference.py`, one operation after another on a SIMPLE
 or LOT, UNLIMITED or PREFUNDED asset with a participant, a group and two programs. After every operation both must have
 refused it with the same code or must show the same buckets, lots, holds and wallets; after every run the invariants of
-every ledger must hold. Contract: holders.md 6, 7, 8.2.
+every ledger must hold. Contract: holders.md 6, 7, 8.2, redemptions.md 5.2.
 """
 
 import asyncio
@@ -223,6 +223,20 @@ class LedgerMachine(RuleBasedStateMachine):
         hold = in_order(model.holds)[position]
         self.compare(
             desk.end(hold_id, operation, amount), lambda: self.reference.end(model, hold, operation, number(amount))
+        )
+
+    # --- transfers, from one to the other ---
+
+    @rule(source=HOLDERS, program=PROGRAMS, amounts=st.lists(AMOUNTS, min_size=1, max_size=3))
+    def transfer(self, source: int, program: int, amounts: list[str]) -> None:
+        recipient = 1 - source
+        self.compare(
+            self.desk(source, program).transfer(self.holders[recipient], *amounts),
+            lambda: self.reference.transfer(
+                self.reference.holders[source],
+                program,
+                [(self.reference.holders[recipient], Decimal(amount)) for amount in amounts],
+            ),
         )
 
     # --- what rules do ---
