@@ -13,7 +13,7 @@ from benchmarks.rest import Rest
 from benchmarks.system import Servers, System
 from benchmarks.workload import BenchProgram, Population
 
-Unit = Literal["/s", "ms", "MB", "x", "cores", ""]
+Unit = Literal["/s", "ms", "s", "MB", "x", "cores", ""]
 
 
 class Wrong(Exception):

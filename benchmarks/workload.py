@@ -51,11 +51,13 @@ def make_population(endpoint: Endpoint) -> Population:
     return Population(external_ids, [UUID(json.loads(body)["id"]) for body in report.bodies])
 
 
-def make_program(rest: Rest, name: str, inventory_mode: str = "SIMPLE") -> BenchProgram:
-    """Create a program with its assets and rules."""
+def make_program(
+    rest: Rest, name: str, inventory_mode: str = "SIMPLE", further_rules: Sequence[dict[str, Any]] = ()
+) -> BenchProgram:
+    """Create a program with its assets and rules; `further_rules` come after the fixed ones."""
     program_id = UUID(rest.post("/v1/programs", {"name": f"Benchmark {name}"})["id"])
-    asset_ids = [_make_asset(rest, program_id, name, inventory_mode) for name in ("Points", "Cashback")]
-    for order, rule in enumerate(_rules(*asset_ids), start=1):
+    asset_ids = [make_asset(rest, program_id, name, inventory_mode) for name in ("Points", "Cashback")]
+    for order, rule in enumerate([*_rules(*asset_ids), *further_rules], start=1):
         rest.post("/v1/rules", {"program_id": str(program_id), "order": order, "stop_after_match": False, **rule})
     return BenchProgram(program_id, asset_ids)
 
@@ -113,7 +115,8 @@ def adjust_requests(
     return requests
 
 
-def _make_asset(rest: Rest, program_id: UUID, name: str, inventory_mode: str) -> UUID:
+def make_asset(rest: Rest, program_id: UUID, name: str, inventory_mode: str) -> UUID:
+    """Create an UNLIMITED asset with two decimals, linked to the program."""
     asset = {
         "program_id": str(program_id),
         "name": name,

@@ -14,8 +14,11 @@ from benchmarks.cases import (
     parallel_programs,
     postgres_ceiling,
     processes,
+    rule_holds,
+    rules,
     single,
     temporal_cost,
+    transfers,
     workflow_per_event,
 )
 
@@ -26,7 +29,10 @@ CASES: tuple[Case, ...] = (
     adjust.CASE,
     chain_lock.CASE,
     counters.CASE,
+    rules.CASE,
+    rule_holds.CASE,
     holds.CASE,
+    transfers.CASE,
     processes.CASE,
     temporal_cost.CASE,
     postgres_ceiling.CASE,

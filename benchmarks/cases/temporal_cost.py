@@ -53,10 +53,11 @@ def _count_events(bench: Bench) -> int:
 async def _count(address: str, program: BenchProgram) -> Counter[int]:
     """How many history events of each type the program's runs have."""
     client = await Client.connect(address)
-    return Counter([kind async for kind in _history(client, workflow_id(program.id))])
+    return Counter([kind async for kind in history(client, workflow_id(program.id))])
 
 
-async def _history(client: Client, id_: str) -> AsyncIterator[int]:
+async def history(client: Client, id_: str) -> AsyncIterator[int]:
+    """The type of every history event of the runs of this workflow."""
     async for execution in client.list_workflows(f"WorkflowId = '{id_}'"):
         handle = client.get_workflow_handle(id_, run_id=execution.run_id)
         async for event in handle.fetch_history_events():
