@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi_offline import FastAPIOffline
 
 from api import (
     assets,
@@ -99,7 +100,8 @@ def create_app(
         if own:
             await services.database.close()
 
-    app = FastAPI(
+    # The documentation's page brings its own scripts: where this runs, no CDN may be in reach.
+    app = FastAPIOffline(
         title="Scrip",
         version="1",
         description=DESCRIPTION.strip(),

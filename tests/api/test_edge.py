@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 from uuid import uuid4
@@ -125,6 +126,16 @@ async def test_the_documentation_describes_everything(anonymous: httpx.AsyncClie
                 assert operation["security"], (method, path)
                 assert {"400", "401", "404", "429", "500", "503"} <= set(operation["responses"]), (method, path)
     assert (await anonymous.get("/docs")).status_code == 200
+
+
+async def test_the_documentation_needs_nothing_from_elsewhere(anonymous: httpx.AsyncClient) -> None:
+    page = (await anonymous.get("/docs")).text
+
+    assets = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(assets) >= 3
+    assert all(asset.startswith("/") for asset in assets), assets
+    for asset in assets:
+        assert (await anonymous.get(asset)).status_code == 200
 
 
 async def test_probes_need_no_key(anonymous: httpx.AsyncClient) -> None:

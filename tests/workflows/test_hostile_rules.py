@@ -1,7 +1,8 @@
 """Goal: a program whose rules eat the machine harms nobody else's events, nor its own that the rules don't concern.
 
 Method: over HTTP, with a real worker. One program's rules burn ten thousand steps each for every hostile event, more
-events of it than a batch takes in its time; another program's events come behind them. Contract: rules-and-events.md 4.3, 6.5.
+events of it than a batch takes in its time; another program's events come behind them.
+Contract: rules-and-events.md 4.3, 6.5.
 """
 
 from typing import Any
