@@ -14,11 +14,14 @@ import pytest
 from domain import limits, wallet
 from domain.balances import Holder, OperationRequest, operate
 from domain.events.retries import RetryPolicy
+from domain.rules.budgets import BudgetDraft
 from domain.wallet import WalletRequest
 from tests.builders import make_group
 from tests.conftest import SettableClock
 from tests.events_support import EventProgram, counter, credit, debit, move, tag, to_participant
 from tests.ledger_invariants import assert_ledger_invariants
+
+Number = Decimal | int
 
 LOT: dict[str, Any] = {"inventory_mode": "LOT"}
 CURES = RetryPolicy(max_attempts=2, waits_s=(2,))
@@ -42,7 +45,7 @@ async def group_of(program: EventProgram, *members: UUID, **fields: Any) -> UUID
         return await make_group(tx, *members, **fields)
 
 
-async def buckets(program: EventProgram, who: str | UUID, asset_id: UUID) -> tuple[Decimal, Decimal, Decimal]:
+async def buckets(program: EventProgram, who: str | UUID, asset_id: UUID) -> tuple[Number, Number, Number]:
     """(available, held, deferred) of a holder."""
     entity_id = await program.id_of(who) if isinstance(who, str) else who
     rows = dict(
@@ -57,7 +60,7 @@ async def buckets(program: EventProgram, who: str | UUID, asset_id: UUID) -> tup
     return rows.get("AVAILABLE", zero), rows.get("HELD", zero), rows.get("DEFERRED", zero)
 
 
-async def lots(program: EventProgram, asset_id: UUID) -> list[tuple[Decimal, Decimal, str]]:
+async def lots(program: EventProgram, asset_id: UUID) -> list[tuple[Number, Number, str]]:
     """(amount, remaining, status) of every lot, the oldest first."""
     return await program.sql(
         "select amount, remaining, status from lot where asset_id = %s order by created_at, id", asset_id
@@ -164,8 +167,6 @@ async def test_voiding_an_authorization_gives_it_back_and_spares_what_was_held_o
 
 
 async def test_an_authorization_counts_into_its_budget_and_a_settle_only_with_its_delta(program: EventProgram) -> None:
-    from domain.rules.budgets import BudgetDraft
-
     points = await program.asset(**LOT)
     budgets = [BudgetDraft(points, "12")]
     await program.rule("event.type == 'auth'", credit(points, "10", bucket="HELD", reference_id="event.ref"))
