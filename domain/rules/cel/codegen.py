@@ -30,7 +30,6 @@
 - `failure` is deleted as it is raised: the exception's traceback refers to the frame, and the frame to the exception.
 """
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from typing import Any
 from domain.rules.cel import functions, numbers, values
 from domain.rules.cel.errors import EvaluationError, EvaluationLimit, ExpressionError, MissingField
 from domain.rules.cel.functions import FUNCTIONS, METHODS, NAMESPACES, Function
+from domain.rules.cel.hints import USAGE, function_hint, shown, variable_hint
 from domain.rules.cel.syntax import (
     Arithmetic,
     Call,
@@ -71,6 +71,7 @@ _HELPERS: dict[str, Any] = {
         functions.invert,
         functions.is_in,
         functions.make_map,
+        functions.matches_constant,
         functions.select,
         numbers.add,
         numbers.add_numbers,
@@ -186,6 +187,7 @@ class _Generator:
         self._finished: list[str] = []
         self._functions = 0
         self._constants = 0
+        self._numbers: dict[str, str] = {}  # as written: 1 and 1.0 print differently
         self._loop_variables = 0
         self._scope: dict[str, str] = {}  # variables of the macros around: CEL name -> Python name
         self._loops = 0
@@ -244,9 +246,14 @@ class _Generator:
         """Strings, bools and null appear in the text; other constants are globals."""
         if value is None or type(value) in (str, bool):
             return _Code(repr(value), kind, 0, value)
+        known = self._numbers.get(str(value)) if type(value) is Decimal else None
+        if known is not None:
+            return _Code(known, kind, 0, value)
         self._constants += 1
         name = f"k{self._constants}"
         self.globals[name] = value
+        if type(value) is Decimal:
+            self._numbers[str(value)] = name
         return _Code(name, kind, 0, value)
 
     def _call(self, helper: str, *arguments: _Code, kind: str | None = None, charged: bool = False) -> _Code:
@@ -360,9 +367,11 @@ class _Generator:
         counts = _MACROS[node.name]
         variable = node.arguments[0] if node.arguments else None
         if len(node.arguments) not in counts:
-            raise self._error(f"{node.name} takes {_counted(counts[0], counts[-1])}", node)
+            message = f"{node.name} takes {_counted(counts[0], counts[-1])}, not {len(node.arguments)}"
+            raise self._error(message, node, f"write {USAGE[node.name]}")
         if not isinstance(variable, Name):
-            raise self._error(f"the first argument of {node.name} must be a name", node, "such as list.all(x, x > 0)")
+            message = f"the first argument of {node.name} must be a name"
+            raise self._error(message, node, f"write {USAGE[node.name]}")
         assert node.target is not None
         target = self._call("elements", self._value(node.target)).text
         self._loop_variables += 1
@@ -443,22 +452,22 @@ class _Generator:
         if node.name in self._scope:
             return _Code(self._body.use(self._scope[node.name]))
         if node.name in VARIABLES:
-            name = self._body.use(node.name)
-            absent = f"{self._helper('absent_variable')}({name!r})"
-            return _Code(f"({name} if {name} is not None else {absent})", None, 1)
+            return self._variable(node.name)
         if node.name in TYPE_NAMES:
             return self._constant(TYPE_NAMES[node.name], "type")
         raise self._unknown_variable(node)
 
+    def _variable(self, variable: str) -> _Code:
+        name = self._body.use(variable)
+        absent = f"{self._helper('absent_variable')}({name!r})"
+        return _Code(f"({name} if {name} is not None else {absent})", None, 1)
+
     def _unknown_variable(self, node: Name) -> ExpressionError:
-        hint = _nearest(node.name, [*VARIABLES, *self._scope])
+        before = self._source.text[max(0, node.position - 100) : node.position]
+        hint = variable_hint(node.name, [*VARIABLES, *NAMESPACES, *self._scope], before)
         if node.name in FUNCTIONS or node.name in NAMESPACES:
             hint = f"{node.name} is a function"
-        return self._error(
-            f"unknown variable '{node.name}'",
-            node,
-            hint or f'payload fields are read as event.{node.name}, texts are quoted: "{node.name}"',
-        )
+        return self._error(f"unknown variable '{shown(node.name)}'", node, hint)
 
     def _select(self, node: Select) -> _Code:
         if timestamp_type := self._qualified_type(node):
@@ -551,7 +560,7 @@ class _Generator:
             if node.name == "has":
                 return self._outlined(node, "bool")
             if node.name == "now" and not node.arguments:
-                return self._name(Name(node.position, "now"))
+                return self._variable("now")
             return self._library_call(node, node.name, FUNCTIONS.get(node.name), list(node.arguments))
         if self._is_namespace(target):
             assert isinstance(target, Name)
@@ -566,16 +575,21 @@ class _Generator:
 
     def _library_call(self, node: Call, name: str, function: Function | None, arguments: list[Node]) -> _Code:
         is_method = node.target is not None and "." not in name
+        # The target first: in set.contains(a, b) the unknown name is what to complain of.
+        codes = [self._value(argument) for argument in arguments[:is_method]]
         if function is None:
             raise self._unknown_function(node, name, is_method)
         count = len(arguments) - is_method
         least = function.least - is_method
         most = None if function.most is None else function.most - is_method
         if count < least or (most is not None and count > most):
-            raise self._error(f"{name} takes {_counted(least, most)}, not {count}", node)
-        codes = [self._value(argument) for argument in arguments]
+            usage = USAGE.get(name)
+            raise self._error(f"{name} takes {_counted(least, most)}, not {count}", node, usage and f"write {usage}")
+        codes += [self._value(argument) for argument in arguments[is_method:]]
         if folded := self._folded(function, codes):
             return folded
+        if name == "matches" and codes[1].is_constant:
+            return self._call("matches_constant", *codes, kind="bool", charged=True)
         return self._call(_library_name(name, is_method), *codes, kind=function.result, charged=function.charged)
 
     def _folded(self, function: Function, codes: Sequence[_Code]) -> _Code | None:
@@ -589,14 +603,14 @@ class _Generator:
 
     def _unknown_function(self, node: Call, name: str, is_method: bool) -> ExpressionError:
         known = [*METHODS, *_MACROS] if is_method else [*FUNCTIONS, "has", "now"]
-        hint = _nearest(name, known)
+        hint = function_hint(name, known)
         if is_method and name in FUNCTIONS:
-            hint = f"call it as {name}(x)"
+            hint = f"call it as {USAGE.get(name, f'{name}(x)')}"
         elif not is_method and (name in METHODS or name in _MACROS):
-            hint = f"call it as x.{name}(...)"
+            hint = f"call it as {USAGE.get(name, f'x.{name}(...)')}"
         elif name == "now":
             hint = "now takes no arguments"
-        return self._error(f"unknown function '{name}'", node, hint)
+        return self._error(f"unknown function '{shown(name)}'", node, hint)
 
     def _error(self, message: str, node: Node, hint: str | None = None) -> ExpressionError:
         return self._source.error(message, node.position, hint)
@@ -611,9 +625,3 @@ def _counted(least: int, most: int | None) -> str:
     if least == most:
         return f"{least} argument{'s' if least != 1 else ''}"
     return f"{least} to {most} arguments"
-
-
-def _nearest(name: str, known: list[str]) -> str | None:
-    by_lower_case = {candidate.lower(): candidate for candidate in known}
-    found = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.6)
-    return f"did you mean {by_lower_case[found[0]]}?" if found else None

@@ -5,12 +5,13 @@ raises nothing but EvaluationError. One that does work in proportion to the size
 """
 
 import functools
+import importlib.resources
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo
 
 import re2
 
@@ -72,7 +73,7 @@ def has_field(operand: Value, field: str) -> bool:
 
 
 def index(operand: Value, key: Value) -> Value:
-    """`operand[key]`: an element of a list or the value under a key of a map."""
+    """`operand[key]`: an element of a list or the value under a key of a map; MissingField where there is none."""
     if type(operand) is list:
         return _element(operand, key)
     if type(operand) is not dict and operand is not None:
@@ -87,12 +88,14 @@ def index(operand: Value, key: Value) -> Value:
 def _element(elements: list[Value], key: Value) -> Value:
     position = numbers.integral(key, "list index")
     if not 0 <= position < len(elements):
-        raise EvaluationError(f"index out of bounds: {position}")
+        raise MissingField(f"index out of bounds: {position}")
     return elements[position]
 
 
 def get(mapping: Value, key: Value, default: Value) -> Value:
-    """`get(map, key, default)`"""
+    """`get(map, key, default)`; null has no keys."""
+    if mapping is None:
+        return default
     if type(mapping) is not dict:
         raise no_overload("get", mapping, key, default)
     value = lookup(mapping, key)
@@ -250,6 +253,11 @@ def to_type(value: Value) -> CelType:
     return type_of(value)
 
 
+def dyn(value: Value) -> Value:
+    """`dyn(x)`: x itself. Standard CEL's way out of static types, which we don't have."""
+    return value
+
+
 # --- Time ------------------------------------------------------------------------------------------------------------
 
 _TIMESTAMP = re.compile(
@@ -324,23 +332,24 @@ def _span(count: Decimal, unit_microseconds: int) -> timedelta:
         raise EvaluationError("duration out of range") from None
 
 
-_ZONE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_+\-]*(?:/[A-Za-z0-9_+\-]+)*")
 _ZONE_OFFSET = re.compile(r"(?P<sign>[+-]?)(?P<hours>[0-9]{1,2}):(?P<minutes>[0-5][0-9])")
+# The names and the data of the package, not of the machine: what a rule gives must not depend on where it runs, and
+# `localtime` or `right/UTC` would.
+_ZONE_FILES = importlib.resources.files("tzdata")
+_ZONE_NAMES = frozenset(_ZONE_FILES.joinpath("zones").read_text("utf-8").split())
 
 
 @functools.lru_cache(maxsize=256)
 def _zone(name: str) -> tzinfo:
     """A time zone by its IANA name (`Europe/Berlin`) or its offset (`+02:00`)."""
+    if name in _ZONE_NAMES:
+        with _ZONE_FILES.joinpath("zoneinfo", *name.split("/")).open("rb") as file:
+            return ZoneInfo.from_file(file, key=name)
     if offset := _ZONE_OFFSET.fullmatch(name):
         distance = timedelta(hours=int(offset["hours"]), minutes=int(offset["minutes"]))
         if distance < timedelta(days=1):
             return timezone(-distance if offset["sign"] == "-" else distance)
-    elif len(name) <= 64 and _ZONE_NAME.fullmatch(name):
-        try:
-            return ZoneInfo(name)
-        except (ZoneInfoNotFoundError, ValueError, OSError):
-            pass
-    raise EvaluationError("unknown time zone")
+    raise EvaluationError('unknown time zone: use "Europe/Berlin" or "+02:00"')
 
 
 def _local(name: str, instant: Value, zone: Value) -> datetime:
@@ -363,13 +372,15 @@ def _getter(name: str, read: Callable[[datetime], int]) -> Callable[..., Decimal
     return getter
 
 
-def _span_getter(name: str, read: Callable[[datetime], int], unit: timedelta) -> Callable[..., Decimal]:
-    """A getter that durations have too, where it gives the whole duration in that unit, cut toward zero."""
+def _span_getter(
+    name: str, read: Callable[[datetime], int], span: Callable[[timedelta], int]
+) -> Callable[..., Decimal]:
+    """A getter that durations have too, where `span` reads the magnitude of the duration."""
 
     def getter(value: Value, zone: Value = None) -> Decimal:
         if type(value) is timedelta and zone is None:
-            whole = abs(value) // unit
-            return Decimal(-whole if value < timedelta(0) else whole)
+            magnitude = span(abs(value))
+            return Decimal(-magnitude if value < timedelta(0) else magnitude)
         return Decimal(read(_local(name, value, zone)))
 
     return getter
@@ -421,11 +432,15 @@ def upper_ascii(charge: Charge, text: Value) -> str:
     return str(text.upper() if text.isascii() else text.translate(_LOWER_TO_UPPER))
 
 
+# Python's own set has four control characters more.
+_WHITE_SPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace() and not 0x1C <= code <= 0x1F)
+
+
 def trim(charge: Charge, text: Value) -> str:
-    """`text.trim()`: without the white space at both ends."""
+    """`text.trim()`: without the white space of Unicode at both ends."""
     _texts("trim", text)
     charge(len(text) // CHARACTERS_PER_STEP)
-    return str(text.strip())
+    return str(text.strip(_WHITE_SPACE))
 
 
 def split(charge: Charge, text: Value, separator: Value, limit: Value = Decimal(-1)) -> list[Value]:
@@ -470,30 +485,54 @@ def substring(charge: Charge, text: Value, start: Value, end: Value = None) -> s
 
 
 _MAX_PATTERN_LENGTH = 1_024
-_PATTERN_CHARACTERS_PER_STEP = 8  # for its compilation
-_PROGRAM_CHARACTERS_PER_STEP = 1_024  # characters of the text times instructions of the pattern, for the search
+# What RE2 may use for one pattern. That \pL{99} needs more, it finds out in half a millisecond; in 1 MiB it took four.
+_PATTERN_BYTES = 128 * 1024
+# More than an expression has room for, so that it never compiles one of its patterns twice: 32 MiB at most.
+_CACHED_PATTERNS = 256
+# For a pattern that is computed: its compilation, whether or not it is found compiled, so that steps stay repeatable.
+_STEPS_PER_PATTERN = 60
+_STEPS_PER_PATTERN_CHARACTER = 2
+# Bytes of the text times instructions of the pattern, for the search.
+_PROGRAM_BYTES_PER_STEP = 1_024
 _PATTERN_OPTIONS = re2.Options()
-_PATTERN_OPTIONS.max_mem = 1 << 20
+_PATTERN_OPTIONS.max_mem = _PATTERN_BYTES
+_PATTERN_OPTIONS.never_capture = True
 _PATTERN_OPTIONS.log_errors = False
 
 
-@functools.lru_cache(maxsize=512)
-def _pattern(text: str) -> re2._Regexp:
+@functools.lru_cache(maxsize=_CACHED_PATTERNS)
+def _pattern(text: str) -> re2._Regexp | str:
+    """The compiled pattern, or what is wrong with it: that is kept as well, because finding out takes as long."""
     if len(text) > _MAX_PATTERN_LENGTH:
-        raise EvaluationError(f"pattern longer than {_MAX_PATTERN_LENGTH} characters")
+        return f"pattern longer than {_MAX_PATTERN_LENGTH} characters"
     try:
         return re2.compile(text, _PATTERN_OPTIONS)
-    except (re2.error, UnicodeError):
-        raise EvaluationError("not a valid RE2 pattern") from None
+    except re2.error as error:
+        return "pattern too large" if "too large" in str(error) else "not a valid RE2 pattern"
+    except UnicodeError:
+        return "not a valid RE2 pattern"
 
 
 def matches(charge: Charge, text: Value, pattern: Value) -> bool:
     """`text.matches(pattern)`: RE2, linear in the text; true when any part of the text matches."""
     _texts("matches", text, pattern)
-    charge(1 + len(pattern) // _PATTERN_CHARACTERS_PER_STEP)
+    charge(_STEPS_PER_PATTERN + len(pattern) * _STEPS_PER_PATTERN_CHARACTER)
+    return _search(charge, text, pattern)
+
+
+def matches_constant(charge: Charge, text: Value, pattern: Value) -> bool:
+    """`text.matches("pattern")`: compiled once, and charged for the search only."""
+    _texts("matches", text, pattern)
+    return _search(charge, text, pattern)
+
+
+def _search(charge: Charge, text: str, pattern: str) -> bool:
     compiled = _pattern(pattern)
+    if isinstance(compiled, str):
+        raise EvaluationError(compiled)
+    length = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
     # RE2 is linear in the text, but the factor is the size of the program: (a?){500} took 600 ms over 64 KiB.
-    charge(len(text) * int(compiled.programsize) // _PROGRAM_CHARACTERS_PER_STEP)
+    charge(1 + length * int(compiled.programsize) // _PROGRAM_BYTES_PER_STEP)
     try:
         return compiled.search(text) is not None
     except UnicodeError:
@@ -530,6 +569,7 @@ FUNCTIONS: dict[str, Function] = {
     "string": Function(to_string, 1, 1, "string"),
     "bool": Function(to_bool, 1, 1, "bool"),
     "type": Function(to_type, 1, 1),
+    "dyn": Function(dyn, 1, 1),
     "timestamp": Function(to_timestamp, 1, 1, "timestamp"),
     "duration": Function(to_duration, 1, 1, "duration"),
     "days": Function(days, 1, 1, "duration"),
@@ -566,12 +606,13 @@ METHODS: dict[str, Function] = {
         }.items()
     },
     **{
-        name: Function(_span_getter(name, read, unit), 1, 2, "number")
-        for name, (read, unit) in {
-            "getHours": (lambda t: t.hour, timedelta(hours=1)),
-            "getMinutes": (lambda t: t.minute, timedelta(minutes=1)),
-            "getSeconds": (lambda t: t.second, timedelta(seconds=1)),
-            "getMilliseconds": (lambda t: t.microsecond // 1000, timedelta(milliseconds=1)),
+        name: Function(_span_getter(name, read, span), 1, 2, "number")
+        for name, (read, span) in {
+            "getHours": (lambda t: t.hour, lambda d: d // timedelta(hours=1)),
+            "getMinutes": (lambda t: t.minute, lambda d: d // timedelta(minutes=1)),
+            "getSeconds": (lambda t: t.second, lambda d: d // timedelta(seconds=1)),
+            # Of a duration, too, within the second: standard CEL counts whole units of the other three only.
+            "getMilliseconds": (lambda t: t.microsecond // 1000, lambda d: d.microseconds // 1000),
         }.items()
     },
 }

@@ -20,6 +20,7 @@ from lark.exceptions import LarkError, UnexpectedInput
 
 from domain.limits import EXPRESSION_CHARS, EXPRESSION_DEPTH
 from domain.rules.cel.errors import EvaluationError, ExpressionError
+from domain.rules.cel.hints import end_hint, shown, syntax_hint
 from domain.rules.cel.numbers import parse_hexadecimal, parse_number
 
 # --- The tree --------------------------------------------------------------------------------------------------------
@@ -136,17 +137,23 @@ class Source:
         self.text = text
         self._line_starts = [0, *(match.end() for match in re.finditer("\n", text))]
 
+    def place(self, position: int) -> tuple[int, int]:
+        """Line and column of the offset `position`, both from 1."""
+        line = bisect.bisect_right(self._line_starts, position)
+        return line, position - self._line_starts[line - 1] + 1
+
     def error(self, message: str, position: int, hint: str | None = None) -> ExpressionError:
         """An ExpressionError at the offset `position`."""
-        line = bisect.bisect_right(self._line_starts, position)
-        return ExpressionError(message, line, position - self._line_starts[line - 1] + 1, hint)
+        line, column = self.place(position)
+        return ExpressionError(message, line, column, hint)
 
 
-# --- String literals -------------------------------------------------------------------------------------------------
+# --- String literals and brackets ------------------------------------------------------------------------------------
 
 _OPENING = re.compile(r"""(?P<prefix>[rRbB]{0,2})(?P<quote>\"{3}|'{3}|"|')""")
 _COMMENT = re.compile(r"//[^\n]*")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_WORD_CHARACTER = re.compile(r"[A-Za-z0-9_]")
 _OTHER = re.compile(r"[^A-Za-z_\"'/()\[\]{}]+")
 _ESCAPE = re.compile(
     r"\\(?:(?P<simple>[abfnrtv\\?\"'`])|[xX](?P<hex2>[0-9a-fA-F]{2})|u(?P<hex4>[0-9a-fA-F]{4})"
@@ -163,12 +170,12 @@ class _Masked:
 
 
 def _mask(source: Source) -> _Masked:
-    """The text without the contents of its strings; refuses bad strings and brackets nested too deep."""
+    """The text without the contents of its strings; refuses bad strings and brackets, and brackets nested too deep."""
     text = source.text
     pieces: list[str] = []
     strings: dict[int, tuple[int, str]] = {}
     words: set[int] = set()
-    depth = 0
+    brackets = _Brackets(source)
     position = 0
     while position < len(text):
         end = position + 1
@@ -184,15 +191,52 @@ def _mask(source: Source) -> _Masked:
             end = comment.end()
         elif other := _OTHER.match(text, position):
             end = other.end()
-        elif text[position] in "([{":
-            depth += 1
-            if depth > EXPRESSION_DEPTH:
-                raise _too_deep(source, position)
+        elif text[position] in _CLOSING:
+            brackets.open(position)
         elif text[position] in ")]}":
-            depth -= 1
+            brackets.close(position)
         pieces.append(text[position:end] if piece is None else piece)
         position = end
+    brackets.check_all_closed()
     return _Masked("".join(pieces), strings, frozenset(words))
+
+
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+
+class _Brackets:
+    """The brackets that are open, while the text is read. Each method raises ExpressionError for what doesn't fit."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._open: list[int] = []
+
+    def open(self, position: int) -> None:
+        """A bracket opens at `position`."""
+        self._open.append(position)
+        if len(self._open) > EXPRESSION_DEPTH:
+            raise _too_deep(self._source, position)
+
+    def close(self, position: int) -> None:
+        """A bracket closes at `position`: it has to be the counterpart of the one opened last."""
+        text = self._source.text
+        if not self._open:
+            raise self._source.error(f"unexpected '{text[position]}'", position, "no bracket is open here")
+        opening = self._open.pop()
+        if text[position] == _CLOSING[text[opening]]:
+            return
+        line, column = self._source.place(opening)
+        hint = (
+            f"'{text[opening]}' of line {line}, column {column} has to be closed by '{_CLOSING[text[opening]]}' first"
+        )
+        raise self._source.error(f"unexpected '{text[position]}'", position, hint)
+
+    def check_all_closed(self) -> None:
+        """The text has ended."""
+        if not self._open:
+            return
+        bracket = self._source.text[self._open[-1]]
+        raise self._source.error(f"'{bracket}' is not closed", self._open[-1], f"add '{_CLOSING[bracket]}'")
 
 
 def _too_deep(source: Source, position: int) -> ExpressionError:
@@ -243,12 +287,23 @@ _parser_lock = threading.Lock()
 _parser: Lark | None = None
 
 
+class _PositionedParser(CELParser):
+    """cel-python's parser, but `true` and `false` keep their positions."""
+
+    @staticmethod
+    def ambiguous_literals(t: Token) -> Token:
+        """The lexer's callback for a name."""
+        return Token.new_borrow_pos("BOOL_LIT", t.value, t) if t.value in ("true", "false") else t
+
+
 def _parse_masked(text: str) -> Tree[Token]:
-    """cel-python's parser, created once. It is not safe under threads, hence the lock around each use."""
+    """The tree of the grammar. The parser is created once, and used under a lock: it is not safe under threads."""
     global _parser
     with _parser_lock:
         if _parser is None:
-            CELParser()
+            # It is kept in the class, and one that somebody else had created would not be ours.
+            CELParser.CEL_PARSER = None
+            _PositionedParser()
             _parser = cast(Lark, CELParser.CEL_PARSER)
         return _parser.parse(text)
 
@@ -264,56 +319,40 @@ def parse(source: Source) -> Node:
     try:
         return _Converter(source, masked).convert(_parse_masked(masked.text), 0)
     except UnexpectedInput as unexpected:
-        raise _syntax_error(source, unexpected) from None
+        raise _syntax_error(source, masked, unexpected) from None
     except LarkError:
         raise ExpressionError("not a valid expression") from None
     except RecursionError:
         raise ExpressionError(f"nested deeper than {EXPRESSION_DEPTH} levels") from None
 
 
-_WORD_HINTS = {
-    "and": "use &&",
-    "or": "use ||",
-    "not": "use !",
-    "AND": "use &&",
-    "OR": "use ||",
-    "NOT": "use !",
-    "is": "use ==",
-    "if": "use condition ? a : b",
-    "True": "use true",
-    "False": "use false",
-    "None": "use null",
-}
-_CHARACTER_HINTS = {
-    "=": "use == to compare",
-    "&": "use &&",
-    "|": "use ||",
-    "\u201c": 'use straight quotes "',
-    "\u201d": 'use straight quotes "',
-    "\u2018": "use straight quotes '",
-    "\u2019": "use straight quotes '",
-}
+_OPERATOR = re.compile(r"&&|\|\||[<>=!]=|.", re.DOTALL)
 
 
-def _syntax_error(source: Source, unexpected: UnexpectedInput) -> ExpressionError:
+def _syntax_error(source: Source, masked: _Masked, unexpected: UnexpectedInput) -> ExpressionError:
     token = getattr(unexpected, "token", None)
     position = unexpected.pos_in_stream
-    if isinstance(token, Token) and token.type == "$END":
-        return source.error("unexpected end of the expression", len(source.text.rstrip()))
-    if position is None:  # only `true` and `false`, which come without a position
-        return ExpressionError(f"unexpected '{token}'")
-    if word := _WORD.match(source.text, position):
-        return source.error(f"unexpected '{word[0]}'", position, _WORD_HINTS.get(word[0]))
-    character = source.text[position]
-    before = source.text[position - 1] if position else ""
-    hint = _CHARACTER_HINTS.get(character)
-    if character == "=" and before in ("=", "!"):
-        hint = f"use {before}="
-    elif character == ">" and before == "<":
-        hint = "use !="
-    elif character in ")]}" and before == ",":
-        hint = "remove the comma before it"
-    return source.error(f"unexpected '{character}'", position, hint)
+    if position is None or (isinstance(token, Token) and token.type == "$END"):
+        return source.error("unexpected end of the expression", len(source.text.rstrip()), end_hint(masked.text))
+    return _unexpected(source, masked, position)
+
+
+def _unexpected(source: Source, masked: _Masked, position: int) -> ExpressionError:
+    """The error of a word or an operator that cannot stand at `position`."""
+    position = _start_of_word(masked, position)
+    found = _WORD.match(source.text, position) or _OPERATOR.match(source.text, position)
+    assert found is not None, "an error lies within the text"
+    return source.error(f"unexpected '{shown(found[0])}'", position, syntax_hint(masked.text, position))
+
+
+def _start_of_word(masked: _Masked, position: int) -> int:
+    """Where the word around `position` begins: the lexer reads `1 indexOf` as `1 in dexOf`."""
+    if not _WORD.match(masked.text, position):
+        return position
+    start = position
+    while start not in masked.words and _WORD_CHARACTER.fullmatch(masked.text, start - 1, start):
+        start -= 1
+    return start if start in masked.words else position
 
 
 # --- Conversion ------------------------------------------------------------------------------------------------------
@@ -396,14 +435,13 @@ class _Converter:
         return cast("Tree[Token]", tree.children[index])
 
     def _position(self, tree: Tree[Token]) -> int:
-        # The parser gives `true` and `false` no position, and so none to what begins with them.
-        return int(getattr(tree.meta, "start_pos", None) or 0)
+        return int(getattr(tree.meta, "start_pos", 0))
 
     def _token(self, tree: Tree[Token], index: int) -> Token:
         """The name at `index`; refuses one that begins inside a word: the lexer reads `a inb` as `a in b`."""
         token = cast(Token, tree.children[index])
         if token.start_pos not in self._masked.words:
-            raise self._source.error(f"unexpected '{token}'", int(token.start_pos or 0))
+            raise _unexpected(self._source, self._masked, int(token.start_pos or 0))
         return token
 
     def _conditional(self, tree: Tree[Token], depth: int) -> Node:

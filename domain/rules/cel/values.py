@@ -170,10 +170,12 @@ def lookup(mapping: dict[Value, Value], key: Value) -> Value:
     key = number(key)
     if type(key) not in (Decimal, bool) or key not in mapping:
         return ABSENT
+    if key != 0 and key != 1:
+        return mapping[key]
     # Python takes True and 1 for the same key, so a hit counts only if the key found has the type asked for.
     for candidate, value in mapping.items():
-        if type(candidate) is type(key) and candidate == key:
-            return value
+        if candidate == key:
+            return value if type(candidate) is type(key) else ABSENT
     return ABSENT
 
 

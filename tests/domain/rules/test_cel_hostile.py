@@ -4,12 +4,14 @@ Method: no test looks at a clock; each would run for minutes, or take the machin
 """
 
 import contextlib
+import tracemalloc
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
 import pytest
 
-from domain.rules.cel import EvaluationError, EvaluationLimit, ExpressionError, compile_expression
+from domain.rules.cel import EvaluationError, EvaluationLimit, ExpressionError, compile_expression, values
 from tests.domain.rules.cel_data import activation, evaluate, failure
 
 HUGE_LIST = [Decimal(n) for n in range(1_000_000)]
@@ -50,16 +52,135 @@ def nested_maps(levels: int, inner: str) -> str:
         'event.texts.exists(x, event.text.contains("abb"))',
         'event.text.matches("(a?){500}b.c.d")',
         'event.texts.exists(x, event.text.matches("(x+x+)+y" + x))',
+        'event.texts.exists(x, "a".matches("(\\\\pL{100}){0,9}" + x) || false)',
+        'event.texts.all(x, "a".matches("[" + x + event.text) || true)',
+        "event.texts.map(x, event.thousand)[0] + event.thousand.map(x, event.thousand.map(y, [x, y]))",
+        "event.thousand.map(x, event.thousand + event.thousand)",
+        "event.thousand.map(x, event.emoji + string(x))",
+        "event.thousand.map(x, event.emoji.lowerAscii())",
+        "event.thousand.map(x, string(event.tiny))",
+        "event.thousand.map(x, event.thousand.map(y, {x: y, 'a': {'b': [x]}}))",
+        "event.thousand.all(x, now.getHours('Pacific/Auckland') + now.getMinutes('+12:45') >= 0 && x >= 0 && x < 1e9)",
     ],
 )
-def test_work_beyond_the_steps_is_stopped(source: str) -> None:
+def test_work_beyond_the_steps_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # By counted steps, which are the same on every machine and in every retry: the clock is only there for the rest.
+    monkeypatch.setattr(values, "EXPRESSION_MS", 600_000)
     event: dict[str, Any] = {
         "huge": HUGE_LIST,
         "copy": list(HUGE_LIST),
         "text": LONG_TEXT,
         "texts": [str(n) for n in range(2_000)],
+        "thousand": [Decimal(n) for n in range(1_000)] * 4,
+        "emoji": "\U0001f600" * 16_000,
+        "tiny": Decimal("1e-900"),
     }
     assert isinstance(failure(source, event), EvaluationLimit)
+
+
+PEAK_BYTES = 16 * 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "event.list.map(x, event.list)",
+        "event.list.map(x, [x, [x, [x]]])",
+        "event.list.map(x, {'a': {'b': {'c': x}}})",
+        "event.thousand.map(x, event.thousand + event.thousand)",
+        "event.thousand.map(x, event.emoji + string(x))",
+        "event.thousand.map(x, event.emoji.substring(0, 16000))",
+        "event.thousand.map(x, event.emoji.upperAscii())",
+        "event.thousand.map(x, event.emoji.replace('a', event.emoji))",
+        "event.thousand.map(x, event.greek.split(''))",
+        "event.list.map(x, string(event.tiny))",
+        "event.list.map(x, event.text.split('a'))",
+        "[event.list]" + ".map(x, [x, x])" * 60,
+    ],
+)
+def test_no_evaluation_holds_more_than_16_megabytes(source: str) -> None:
+    expression = compile_expression(source)
+    data = activation(
+        {
+            "list": [Decimal(n) for n in range(10_000)],
+            "thousand": [Decimal(n) for n in range(1_000)],
+            "emoji": "\U0001f600" * 16_000,
+            "greek": "\u03b1\u03b2" * 4_900,
+            "text": "ba" * 4_000,
+            "tiny": Decimal("1e-900"),
+        }
+    )
+
+    def run() -> None:
+        with contextlib.suppress(EvaluationError):
+            expression.evaluate(data)
+
+    assert peak_bytes(run) < PEAK_BYTES
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """What `run` allocates at most, at one moment."""
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_compiled_expressions_are_kept_by_their_length() -> None:
+    long = [f'event.a == "{n:04}{"x" * 4_000}"' for n in range(200)]
+    first = compile_expression(long[0])
+    assert compile_expression(long[0]) is first
+    for source in long[1:]:
+        compile_expression(source)
+    assert compile_expression(long[0]) is not first, "200 times 4,000 characters are more than the cache holds"
+
+
+@pytest.mark.parametrize("prefix", ["event.a + ", "event.a.b.c == ", "!", "[1].all(x, x > 0) && "])
+def test_nesting_up_to_the_limit_runs(prefix: str) -> None:
+    assert evaluate("(" * 64 + "1" + ")" * 64) == Decimal(1)
+    assert evaluate("[1].exists(x, " * 30 + "x == 1" + ")" * 30) is True
+    with contextlib.suppress(EvaluationError):
+        evaluate(prefix + "(" * 60 + "event.a == 1" + ")" * 60)
+
+
+@pytest.mark.parametrize(
+    "zone",
+    [
+        "../../etc/passwd",
+        "../../../../../../etc/passwd",
+        "/etc/passwd",
+        "Europe/../../../etc/passwd",
+        "Europe/Berlin/",
+        "Europe//Berlin",
+        "./Europe/Berlin",
+        "Europe",
+        "zones",
+        "tzdata.zi",
+        "__init__.py",
+        "Europe/__init__.py",
+        "localtime",
+        "posixrules",
+        "right/UTC",
+        "posix/UTC",
+        "C:\\\\Windows",
+        "Europe/Berlin\\n",
+        "europe/berlin",
+        "+24:00",
+        "+99:99",
+        "++1:00",
+        "+1:0",
+        "1",
+        "",
+        " ",
+        "A" * 4_000,
+        "\u0661\u0662:00",
+    ],
+)
+def test_a_time_zone_is_a_known_name_or_an_offset_and_never_a_path(zone: str) -> None:
+    assert "unknown time zone" in str(failure(f'now.getHours("{zone}")'))
+    assert "unknown time zone" in str(failure("now.getHours(event.zone)", {"zone": zone.replace("\\n", "\n")}))
 
 
 def test_structure_shared_exponentially_is_walked_only_as_far_as_the_steps_go() -> None:
