@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, LiteralString, TypeVar
 from uuid import UUID
@@ -132,6 +132,17 @@ class Transaction:
 
 
 @dataclass(frozen=True, slots=True)
+class Tally:
+    """How many transactions there were, and how many of them Postgres gave up for a conflict (REPEATABLE).
+
+    Those were rolled back, and repeated by whoever had begun them. Where locks are taken in one order there are none.
+    """
+
+    begun: int = 0
+    conflicted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Login:
     """What an API key stands for. Rates are requests per second and burst."""
 
@@ -152,6 +163,7 @@ class Database:
     ) -> None:
         self.clock = clock
         self._lent = 0
+        self._tally = Tally()
         self._answered_at = float("-inf")
         self._pool: AsyncConnectionPool[AsyncConnection[TupleRow]] = AsyncConnectionPool(
             conninfo(url),
@@ -240,6 +252,11 @@ class Database:
         finally:
             await self._give_back(connection)
 
+    @property
+    def tally(self) -> Tally:
+        """The transactions on this pool so far."""
+        return self._tally
+
     def is_busy(self) -> bool:
         """Whether connections are in use and Postgres has answered lately: who gets none now only has to wait."""
         return self._lent > 0 and time.monotonic() - self._answered_at < _SILENCE_S
@@ -248,16 +265,24 @@ class Database:
     async def _begun(self, begin: sql.Composed) -> AsyncIterator[tuple[AsyncConnection[TupleRow], TupleRow | None]]:
         """A connection on which `begin; select ...` ran, with the row of that select."""
         connection, found = await self._take(begin)
+        self._tally = replace(self._tally, begun=self._tally.begun + 1)
         try:
             yield connection, found
         except BaseException as error:
             await _rollback(connection)
+            if isinstance(error, REPEATABLE):
+                self._note_conflict(error)
             if isinstance(error, psycopg.OperationalError) and not isinstance(error, REPEATABLE):
                 # Lock and statement timeouts, a lost connection, a full disk: repeating at once would not help.
                 raise DatabaseUnavailable(str(error).strip()) from error
             raise
         finally:
             await self._give_back(connection)
+
+    def _note_conflict(self, error: psycopg.Error) -> None:
+        self._tally = replace(self._tally, conflicted=self._tally.conflicted + 1)
+        about = {"reason": type(error).__name__, "conflicted": self._tally.conflicted, "begun": self._tally.begun}
+        logger.info("transaction given up for a conflict", extra=about)
 
     async def _take(self, begin: sql.Composed) -> tuple[AsyncConnection[TupleRow], TupleRow | None]:
         connection, cursor = await self._start(begin)

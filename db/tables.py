@@ -634,6 +634,7 @@ class Hold(SQLModel, table=True):
     __table_args__ = (
         Index(None, "organization_id", "created_at", "id"),
         Index(None, "organization_id", "entity_id", "created_at", "id"),
+        Index(None, "organization_id", "program_id", "created_at", "id"),
         Index(
             "hold_active_idx",
             "organization_id",

@@ -383,6 +383,12 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("processed_at is not null"),
     )
+    op.create_index(
+        op.f("hold_organization_id_program_id_created_at_id_idx"),
+        "hold",
+        ["organization_id", "program_id", "created_at", "id"],
+        unique=False,
+    )
     guards = (Path(__file__).parents[1] / "sql" / "0003_guards.sql").read_text()
     op.get_bind().execution_options(no_parameters=True).exec_driver_sql(guards)
 
