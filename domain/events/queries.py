@@ -186,11 +186,16 @@ async def _stopped(tx: Transaction, event: Event, records: list[dict[str, Any]])
 
 async def _stopping_version(tx: Transaction, records: list[dict[str, Any]]) -> DictRow | None:
     """The version of the last rule that matched, if it stops the walk."""
-    matched = [record for record in records if record["status"] == "SUCCESS"]
+    matched = [record for record in records if _has_matched(record)]
     if not matched:
         return None
     last = await tx.row(_VERSION, (tx.organization_id, matched[-1]["rule_history_id"]))
     return last if last is not None and last["snapshot"]["stop_after_match"] else None
+
+
+def _has_matched(record: dict[str, Any]) -> bool:
+    """Whether the rule's condition was true; one whose budget is spent counts as matched. Contract: 3."""
+    return record["status"] == "SUCCESS" or record.get("reason") == "BUDGET_EXCEEDED"
 
 
 def _was_behind(rule: dict[str, Any], stopping: dict[str, Any], event: Event) -> bool:

@@ -93,7 +93,7 @@ async def test_a_settle_takes_the_place_of_what_was_authorized(program: EventPro
     assert await sum_of(program, "SYSTEM_ISSUANCE", points) == -Decimal(settled)
     assert event.evaluations is not None
     shown = event.evaluations[0]["actions"][0]["settle"]
-    assert (Decimal(shown["held_amount"]), Decimal(shown["delta"])) == (10, Decimal(delta))
+    assert (Decimal(shown["held_amount"]), Decimal(shown["delta"])) == (Decimal(10), Decimal(delta))
     assert await program.sql("select status, remaining from hold") == [("SETTLED", 0)]
 
 

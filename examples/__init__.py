@@ -1,0 +1,1 @@
+"""Small programs around Scrip's API, to be copied and changed."""

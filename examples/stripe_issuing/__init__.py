@@ -1,0 +1,1 @@
+"""Rewards for cards issued with Stripe Issuing."""
