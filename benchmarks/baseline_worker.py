@@ -1,4 +1,4 @@
-"""The worker of the baseline "one workflow per event": `python -m benchmarks.baseline_worker ADDRESS QUEUE`."""
+"""The worker of the baselines: `python -m benchmarks.baseline_worker ADDRESS QUEUE`."""
 
 import asyncio
 import os
@@ -12,6 +12,9 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 EMPTY_WORKFLOW = "BenchmarkEmpty"
 NOOP_WORKFLOW = "BenchmarkNoop"
+TWO_STEP_WORKFLOW = "BenchmarkTwoSteps"
+FIRST_UPDATE = "first"
+SECOND_UPDATE = "second"
 
 
 @activity.defn
@@ -38,6 +41,28 @@ class Noop:
         await workflow.execute_activity(noop, start_to_close_timeout=timedelta(seconds=30))
 
 
+@workflow.defn(name=TWO_STEP_WORKFLOW)
+class TwoSteps:
+    """Answers two updates that do nothing, and ends after the second: the least that a two-step operation needs."""
+
+    def __init__(self) -> None:
+        self._is_done = False
+
+    @workflow.update(name=FIRST_UPDATE)
+    async def first(self) -> None:
+        """Do nothing."""
+
+    @workflow.update(name=SECOND_UPDATE)
+    async def second(self) -> None:
+        """End the workflow."""
+        self._is_done = True
+
+    @workflow.run
+    async def run(self) -> None:
+        """Wait for the second update."""
+        await workflow.wait_condition(lambda: self._is_done)
+
+
 async def serve(address: str, queue: str) -> None:
     """Run the workflows of `queue` until SIGTERM."""
     stop = asyncio.Event()
@@ -45,7 +70,8 @@ async def serve(address: str, queue: str) -> None:
     client = await Client.connect(address)
     # The sandbox costs time on every workflow; the baseline is to be as fast as it can be.
     runner = UnsandboxedWorkflowRunner()
-    async with Worker(client, task_queue=queue, workflows=[Empty, Noop], activities=[noop], workflow_runner=runner):
+    workflows = [Empty, Noop, TwoSteps]
+    async with Worker(client, task_queue=queue, workflows=workflows, activities=[noop], workflow_runner=runner):
         await stop.wait()
 
 

@@ -4,8 +4,8 @@ Conventions (docs/decisions/0003-database.md):
 
 - Every tenant table carries `organization_id`, begins every index with it, and is guarded by row-level security.
 - Primary keys are `(organization_id, id)`, so that the policy's predicate and the key are one index condition.
-- The hot tables (event, journal_entry, posting and the state tables) have no foreign keys: what they point to can
-  never be deleted, as the application role has no DELETE on it.
+- The hot tables (event, journal_entry, posting, redemption, the state tables) have no foreign keys: what they point to
+  can never be deleted, as the application role has no DELETE on it.
 """
 
 from datetime import datetime
@@ -188,6 +188,20 @@ class Participant(SQLModel, table=True):
     display_name: str | None = _text(nullable=True)
     created_at: datetime = _instant()
     updated_at: datetime = _instant()
+
+
+class ParticipantStatusChange(SQLModel, table=True):
+    """A change of a participant's status, never changed itself: what it was at any instant can be told from these."""
+
+    __tablename__: ClassVar[str] = "participant_status_change"
+
+    organization_id: UUID = Field(primary_key=True)
+    participant_id: UUID = Field(primary_key=True)
+    changed_at: datetime = Field(sa_type=DateTime(timezone=True), primary_key=True)
+    id: UUID = Field(primary_key=True)
+    old_status: str = _text()
+    new_status: str = _text()
+    api_key_id: UUID | None = Field(default=None)
 
 
 class Enrollment(SQLModel, table=True):
@@ -812,7 +826,9 @@ class Simulation(SQLModel, table=True):
     """A draft rule set that is run against past events. Contract: README.md "Simulations".
 
     It goes through the events in the order of (processed_at, seq); `last_processed_at` and `last_seq` are how far it
-    has come. `rules` is what was asked for, `results` the figures so far.
+    has come. `rules` is the rule set as it was when the simulation was made, `results` the figures so far.
+    `sequence_before` is the newest journal entry before `starts_at`; null until it begins. `starts` counts how often a
+    worker was lost over it since the last batch.
     """
 
     __tablename__: ClassVar[str] = "simulation"
@@ -834,6 +850,8 @@ class Simulation(SQLModel, table=True):
     events_done: int = _big()
     last_processed_at: datetime | None = _instant(nullable=True)
     last_seq: int | None = _big(nullable=True)
+    sequence_before: int | None = _big(nullable=True)
+    starts: int = Field(default=0, sa_type=SmallInteger)
     results: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
     error: str | None = _text(nullable=True)
     api_key_id: UUID | None = Field(default=None)
@@ -843,7 +861,11 @@ class Simulation(SQLModel, table=True):
 
 
 class SimulationHolder(SQLModel, table=True):
-    """What a simulation has made of one participant, group or program so far: state, balances, lots and holds."""
+    """What a simulation has made of one participant, group or program so far: state, balances, lots and holds.
+
+    `is_included` says of a participant with events whether the simulation's filter lets them be simulated; null without
+    a filter. `state` is null of one who has no further part in it.
+    """
 
     __tablename__: ClassVar[str] = "simulation_holder"
     __table_args__ = (_of("simulation", "simulation_id"),)
@@ -851,7 +873,8 @@ class SimulationHolder(SQLModel, table=True):
     organization_id: UUID = Field(primary_key=True)
     simulation_id: UUID = Field(primary_key=True)
     entity_id: UUID = Field(primary_key=True)
-    state: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    is_included: bool | None = Field(default=None)
+    state: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON, nullable=True))
 
 
 class Reward(SQLModel, table=True):
@@ -909,8 +932,6 @@ class Redemption(SQLModel, table=True):
 
     __tablename__: ClassVar[str] = "redemption"
     __table_args__ = (
-        _of("program", "program_id"),
-        _of("participant", "participant_id"),
         Index(None, "organization_id", "participant_id", "created_at", "id"),
         Index(
             "redemption_reward_idx",
@@ -993,10 +1014,7 @@ class RedemptionReversal(SQLModel, table=True):
     """Value of a redemption that was given back. Contract: redemptions.md 2.5."""
 
     __tablename__: ClassVar[str] = "redemption_reversal"
-    __table_args__ = (
-        _of("redemption", "redemption_id"),
-        Index(None, "organization_id", "redemption_id", "created_at", "id"),
-    )
+    __table_args__ = (Index(None, "organization_id", "redemption_id", "created_at", "id"),)
 
     organization_id: UUID = Field(primary_key=True)
     id: UUID = Field(primary_key=True)

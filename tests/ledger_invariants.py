@@ -16,6 +16,7 @@ from psycopg.rows import dict_row
 
 from domain.clock import format_timestamp
 from domain.money import EXACT, format_plain
+from tests.redemption_invariants import assert_redemption_invariants
 
 _POSTINGS = """
 select p.*, a.entity_type, a.entity_id, a.bucket, a.asset_id as account_asset_id,
@@ -52,7 +53,7 @@ async def assert_ledger_invariants(connection: psycopg.AsyncConnection[Any], org
 
     Entries sum to zero, and so do all accounts of an asset; running balances equal the sums of amounts, versions have
     no holes and rise along the chain; the chain verifies; every idempotency key's entry exists; lots and holds sum to
-    the buckets, and are what their changes made of them.
+    the buckets, and are what their changes made of them; redemptions agree with what they did.
     """
     entries = await _rows(
         connection, "select * from journal_entry where organization_id = %s order by sequence", organization_id
@@ -76,10 +77,14 @@ async def assert_ledger_invariants(connection: psycopg.AsyncConnection[Any], org
     _assert_chain(organization_id, entries, by_entry, head)
     entry_ids = {entry["id"] for entry in entries}
     _assert_keys(keys, entry_ids)
-    _assert_lots_sum_to_buckets(buckets, {a["id"] for a in assets if a["inventory_mode"] == "LOT"}, lots)
-    _assert_holds_sum_to_held(buckets, lots, holds)
+    lot_assets = {asset["id"] for asset in assets if asset["inventory_mode"] == "LOT"}
+    _assert_lots_sum_to_buckets(buckets, lot_assets, lots)
+    _assert_holds_sum_to_held(buckets, lot_assets, lots, holds)
     _assert_projections(lots, lot_changes, "lot_id", entry_ids, {0: {"CONSUMED", "EXPIRED"}, 1: _OPEN_LOTS})
     _assert_projections(holds, hold_changes, "hold_id", entry_ids, {0: _ENDED_HOLDS, 1: {"ACTIVE"}})
+    _assert_made_as_they_are(lots, {change["lot_id"] for change in lot_changes}, by_entry)
+    _assert_made_as_they_are(holds, {change["hold_id"] for change in hold_changes}, by_entry)
+    await assert_redemption_invariants(connection, organization_id)
 
 
 def canonical_document(
@@ -164,7 +169,9 @@ def _assert_lots_sum_to_buckets(buckets: Buckets, lot_assets: set[UUID], lots: l
             assert balance == lot_sum, f"{place}: lots of {lot_sum} do not make {balance}"
 
 
-def _assert_holds_sum_to_held(buckets: Buckets, lots: list[dict[str, Any]], holds: list[dict[str, Any]]) -> None:
+def _assert_holds_sum_to_held(
+    buckets: Buckets, lot_assets: set[UUID], lots: list[dict[str, Any]], holds: list[dict[str, Any]]
+) -> None:
     """HELD is what the ACTIVE holds have, and a hold on lots has what its lots have."""
     sums: Buckets = defaultdict(Decimal)
     active = {hold["id"]: hold for hold in holds if hold["status"] == "ACTIVE"}
@@ -179,8 +186,10 @@ def _assert_holds_sum_to_held(buckets: Buckets, lots: list[dict[str, Any]], hold
         hold = active[lot["hold_id"]]
         assert (lot["entity_id"], lot["asset_id"]) == (hold["entity_id"], hold["asset_id"])
         by_hold[hold["id"]] = EXACT.add(by_hold[hold["id"]], lot["remaining"])
-    for hold_id, lot_sum in by_hold.items():
-        assert lot_sum == active[hold_id]["remaining"], f"the lots of hold {hold_id} do not make what remains of it"
+    for hold in active.values():
+        if hold["asset_id"] in lot_assets:
+            lot_sum = by_hold[hold["id"]]
+            assert lot_sum == hold["remaining"], f"the lots of hold {hold['id']} do not make what remains of it"
 
 
 def _assert_projections(
@@ -206,6 +215,21 @@ def _assert_projections(
         if by_row[row["id"]]:
             assert row["status"] == by_row[row["id"]][-1]["status"], f"{names} {row['id']} is {row['status']}"
     assert by_row.keys() <= {row["id"] for row in rows}, f"changes of an unknown {names}"
+
+
+def _assert_made_as_they_are(
+    rows: list[dict[str, Any]], changed: set[UUID], by_entry: dict[UUID, list[dict[str, Any]]]
+) -> None:
+    """A lot or hold that nothing has changed is in the bucket into which the entry that made it has put value."""
+    for row in rows:
+        if row["id"] in changed:
+            continue
+        bucket = "HELD" if row["status"] == "ACTIVE" else row["status"]
+        assert any(
+            (line["entity_id"], line["asset_id"], line["bucket"]) == (row["entity_id"], row["asset_id"], bucket)
+            and line["amount"] > 0
+            for line in by_entry[row["entry_id"]]
+        ), f"{row['id']} is {row['status']}, and its entry put nothing there"
 
 
 def _assert_chain(

@@ -27,7 +27,7 @@ WARM_UP_WORKFLOWS = 50
 def run(bench: Bench) -> Iterator[Figure]:
     """Yield no-op workflows per second and how many times more events per second Scrip completes in batches."""
     address, queue = bench.servers.temporal_address, f"benchmark-{uuid4().hex}"
-    with _worker(address, queue):
+    with baseline_worker(address, queue):
         rate = asyncio.run(_measure(address, queue, NOOP_WORKFLOW, bench.sizes.workflows))
         empty = asyncio.run(_measure(address, queue, EMPTY_WORKFLOW, bench.sizes.workflows))
     batch = bench.figures["events_per_s_batch"]
@@ -57,7 +57,8 @@ async def _execute(client: Client, queue: str, name: str, count: int) -> None:
 
 
 @contextmanager
-def _worker(address: str, queue: str) -> Iterator[None]:
+def baseline_worker(address: str, queue: str) -> Iterator[None]:
+    """A process that serves the baselines' workflows on `queue`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.baseline_worker", address, queue], cwd=ROOT, stdin=subprocess.DEVNULL
     )

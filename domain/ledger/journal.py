@@ -74,8 +74,11 @@ async def open_system_accounts(tx: Transaction, asset_id: UUID) -> None:
     )
 
 
-async def write(tx: Transaction, books: Books) -> None:
+async def write(tx: Transaction, books: Books, *, by_caller: bool = True) -> None:
     """Write every entry of `books`; they are sealed into the chain together with the commit.
+
+    They carry the API key of the caller, unless it isn't `by_caller` that they are made: a read may find that something
+    has fallen due.
 
     To be called once, last before the commit: the chain head is the last lock of the global order.
     """
@@ -90,7 +93,8 @@ async def write(tx: Transaction, books: Books) -> None:
     await tx.execute(_INSERT_BOTH if opened else _INSERT_POSTINGS, params)
     await write_holdings(tx, books.lots, books.holds)
     await faults.reach("ledger.written")
-    sealed = json.parameter([_entry_row(tx, entry) for entry in books.entries])
+    api_key_id = tx.api_key_id if by_caller else None
+    sealed = json.parameter([_entry_row(tx, entry, api_key_id) for entry in books.entries])
     tx.commit_with(
         sql.SQL("select seal_entries({}, {}, {}::json)").format(
             sql.Literal(tx.organization_id), sql.Literal(tx.now), sql.Literal(sealed)
@@ -147,7 +151,7 @@ def _posting_rows(entry: Entry) -> Iterable[dict[str, Any]]:
         }
 
 
-def _entry_row(tx: Transaction, entry: Entry) -> dict[str, Any]:
+def _entry_row(tx: Transaction, entry: Entry, api_key_id: UUID | None) -> dict[str, Any]:
     return {
         "id": entry.id,
         "program_id": entry.program_id,
@@ -156,12 +160,12 @@ def _entry_row(tx: Transaction, entry: Entry) -> dict[str, Any]:
         "event_id": entry.event_id,
         "rule_id": entry.rule_id,
         "reference_id": entry.reference_id,
-        "api_key_id": tx.api_key_id,
+        "api_key_id": api_key_id,
         "request_id": entry.request_id or tx.request_id,
         "body": entry_body(
             entry_id=entry.id,
             organization_id=tx.organization_id,
-            api_key_id=tx.api_key_id,
+            api_key_id=api_key_id,
             description=entry.description,
             event_id=entry.event_id,
             postings=[_hashed(line) for line in entry.lines],

@@ -1,6 +1,7 @@
 """Holds, releases, forfeits and voids, and the lots they move. Contract: holders.md 4.3, 6.3 to 6.8, 7.1, 7.2, 9."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -10,8 +11,8 @@ import pytest
 from sqlalchemy import update
 from sqlmodel import col
 
-from db.session import Database
-from db.tables import Asset, Group, Hold, Participant, Program
+from db.session import Database, Transaction
+from db.tables import Asset, Group, Participant, Program
 from domain import balances, holds, limits
 from domain.balances import AdjustResult, Holder, OperationResult
 from domain.errors import Refusal
@@ -24,9 +25,12 @@ from domain.limits import LOTS_PER_PAGE
 from domain.pagination import PageRequest
 from tests.builders import d, make_group, make_participant, make_program, open_shop
 from tests.conftest import SettableClock, Tenant
+from tests.domain.ledger.test_moments import assert_indexed, explain
 from tests.due_support import timed_hold
 from tests.holdings_support import Desk
 from tests.ledger_invariants import assert_ledger_invariants
+from tests.redemptions_support import Till
+from tests.repetitions import nothing_repeated
 
 NOON = datetime.fromisoformat("2025-01-15T12:00:00+00:00")
 
@@ -260,30 +264,27 @@ async def test_the_entry_of_an_end_by_id_carries_the_reference_of_the_hold(desk:
 
 async def test_the_hold_of_a_pending_redemption_is_out_of_reach(any_desk: Desk) -> None:
     await any_desk.credit("30")
-    reserved = await any_desk.hold("10")
+    reserved = (await Till(any_desk).reserve("10")).redemption
     await any_desk.hold("5")
-    async with any_desk.database.transaction(any_desk.organization_id) as tx:
-        await tx.run(update(Hold).where(col(Hold.id) == reserved.hold_id).values(kind="REDEMPTION"))
 
-    assert await code_of(any_desk.end(hold_of(reserved), "RELEASE")) == "conflict"
-    assert await code_of(any_desk.end(hold_of(reserved), "FORFEIT")) == "conflict"
+    assert await code_of(any_desk.end(reserved.id, "RELEASE")) == "conflict"
+    assert await code_of(any_desk.end(reserved.id, "FORFEIT")) == "conflict"
     assert await code_of(any_desk.debit("5.01", bucket="HELD")) == "insufficient_balance"
     assert await code_of(any_desk.forfeit("5.01", bucket="HELD")) == "insufficient_balance"
     assert (await any_desk.release()).amount == 5
     assert await code_of(any_desk.release()) == "insufficient_balance"
-    if reserved.lots:
-        assert await code_of(any_desk.release(lot_ids=[reserved.lots[0][0]])) == "conflict"
+    for lot in await any_desk.lot_rows():
+        if lot["hold_id"] == reserved.id:
+            assert await code_of(any_desk.release(lot_ids=[lot["id"]])) == "conflict"
 
 
 async def test_naming_the_reference_of_a_pending_redemption_conflicts(desk: Desk) -> None:
     await desk.credit("30")
-    reserved = await desk.hold("10", reference_id="redemption")
-    async with desk.database.transaction(desk.organization_id) as tx:
-        await tx.run(update(Hold).where(col(Hold.id) == reserved.hold_id).values(kind="REDEMPTION"))
+    reference_id = str((await Till(desk).reserve("10")).redemption.id)
 
-    assert await code_of(desk.release(reference_id="redemption")) == "conflict"
-    assert await code_of(desk.forfeit(bucket="HELD", reference_id="redemption")) == "conflict"
-    assert await code_of(desk.void("redemption")) == "conflict"
+    assert await code_of(desk.release(reference_id=reference_id)) == "conflict"
+    assert await code_of(desk.forfeit(bucket="HELD", reference_id=reference_id)) == "conflict"
+    assert await code_of(desk.void(reference_id)) == "conflict"
 
 
 async def test_a_hold_may_have_an_end(any_desk: Desk, clock: SettableClock) -> None:
@@ -355,6 +356,48 @@ async def test_holds_are_listed_newest_first_and_filtered(any_desk: Desk, databa
     assert await find(program_id=new_id()) == []
     assert await find(reference_id="none") == []
     assert await field_of(find(participant_id=any_desk.holder.id, group_id=group.holder.id)) == "group_id"
+
+
+async def test_a_page_of_a_programs_holds_reads_no_holds_of_others(
+    simple: Desk, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten thousand newer ones of another program lie before the few of this one."""
+    other = simple.using(program_id=await linked_program(simple))
+    queries: list[tuple[Any, Any]] = []
+    rows = Transaction.rows
+
+    async def seen(tx: Transaction, query: Any, params: Any = None) -> Any:
+        queries.append((query, params))
+        return await rows(tx, query, params)
+
+    with contextlib.suppress(_Undone):
+        async with database.transaction(simple.organization_id) as tx:
+            for desk, count, age in ((simple, 100, "1 day"), (other, 10_000, "0")):
+                params = {**vars(desk), "holder": desk.holder.id, "now": tx.now, "count": count, "age": age}
+                await tx.execute(_MANY_HOLDS, params)
+            monkeypatch.setattr(Transaction, "rows", seen)
+            page = await holds.find(tx, HoldFilter(program_id=simple.program_id), PageRequest(50))
+            query, params = queries[0]
+            lines = await explain(tx, query, params)
+            raise _Undone
+
+    assert {record.hold.program_id for record in page.items} == {simple.program_id}
+    assert not any("Seq Scan" in line or "Sort" in line for line in lines), "\n".join(lines)
+    assert any("hold_organization_id_program_id_created_at_id_idx" in line for line in lines), "\n".join(lines)
+    assert_indexed(lines, pages=100)
+
+
+class _Undone(Exception):
+    """Rolls a transaction back."""
+
+
+_MANY_HOLDS = """
+insert into hold (organization_id, id, entity_type, entity_id, program_id, asset_id, kind, amount, remaining, status,
+                  entry_id, created_at, updated_at)
+select %(organization_id)s, gen_random_uuid(), 'PARTICIPANT', %(holder)s, %(program_id)s, %(asset_id)s, 'OWN', 1, 1,
+       'ACTIVE', gen_random_uuid(), %(now)s - %(age)s::interval + n * interval '1 microsecond', %(now)s
+from generate_series(1, %(count)s) n
+"""
 
 
 # --- LOT: credits and debits -----------------------------------------------------------------------------------------
@@ -1166,9 +1209,10 @@ async def fill_with_lots(desk: Desk, owner: Any, count: int) -> None:
     owner.execute("delete from lot where entity_id = %s and amount = %s", (desk.holder.id, count))
 
 
-async def race(*calls: Awaitable[Any]) -> tuple[list[Any], list[str]]:
+async def race(database: Database, *calls: Awaitable[Any]) -> tuple[list[Any], list[str]]:
     """Who won, and the codes with which the others were refused; anything else, a repetition too, fails the test."""
-    outcomes: Sequence[Any] = await asyncio.gather(*calls, return_exceptions=True)
+    with nothing_repeated(database):
+        outcomes: Sequence[Any] = await asyncio.gather(*calls, return_exceptions=True)
     losers = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     assert all(isinstance(loser, Refusal) for loser in losers), losers
     winners = [outcome for outcome in outcomes if isinstance(outcome, AdjustResult | OperationResult)]
@@ -1179,7 +1223,7 @@ async def test_fifty_debits_at_once_spend_each_lot_once(desk: Desk) -> None:
     for amount in ("30", "30", "40"):
         await desk.credit(amount)
 
-    winners, codes = await race(*(desk.debit("7") for _ in range(50)))
+    winners, codes = await race(desk.database, *(desk.debit("7") for _ in range(50)))
 
     assert len(winners) == 14
     assert set(codes) == {"insufficient_balance"}
@@ -1189,7 +1233,7 @@ async def test_fifty_debits_at_once_spend_each_lot_once(desk: Desk) -> None:
 async def test_of_two_holds_of_the_last_lot_one_wins(desk: Desk) -> None:
     await desk.credit("10")
 
-    winners, codes = await race(desk.hold("10"), desk.hold("10"))
+    winners, codes = await race(desk.database, desk.hold("10"), desk.hold("10"))
 
     assert (len(winners), codes) == (1, ["insufficient_balance"])
 
@@ -1198,7 +1242,9 @@ async def test_holds_and_releases_at_once_lose_nothing(any_desk: Desk) -> None:
     await any_desk.credit("100")
     await any_desk.hold("50")
 
-    winners, codes = await race(*(any_desk.hold("1") if n % 2 else any_desk.release("1") for n in range(40)))
+    winners, codes = await race(
+        any_desk.database, *(any_desk.hold("1") if n % 2 else any_desk.release("1") for n in range(40))
+    )
 
     assert (len(winners), codes) == (40, [])
     assert await any_desk.buckets() == ("50", "50", "0")
@@ -1209,7 +1255,9 @@ async def test_of_many_ends_of_one_hold_one_wins(any_desk: Desk) -> None:
     hold_id = hold_of(await any_desk.hold())
 
     winners, codes = await race(
-        *(any_desk.end(hold_id, "RELEASE") for _ in range(10)), *(any_desk.end(hold_id, "FORFEIT") for _ in range(10))
+        any_desk.database,
+        *(any_desk.end(hold_id, "RELEASE") for _ in range(10)),
+        *(any_desk.end(hold_id, "FORFEIT") for _ in range(10)),
     )
 
     assert len(winners) == 1
@@ -1219,7 +1267,7 @@ async def test_of_many_ends_of_one_hold_one_wins(any_desk: Desk) -> None:
 async def test_a_void_and_a_release_share_nothing(desk: Desk) -> None:
     await desk.provision("10", "auth1")
 
-    winners, codes = await race(desk.void("auth1"), desk.release(reference_id="auth1"))
+    winners, codes = await race(desk.database, desk.void("auth1"), desk.release(reference_id="auth1"))
 
     assert (len(winners), codes) == (1, ["insufficient_balance"])
 
@@ -1230,7 +1278,7 @@ async def test_fifty_prefunded_credits_at_once_never_overdraw_the_wallet(funded:
         people = [Holder("PARTICIPANT", await make_participant(tx)) for _ in range(8)]
         people += [Holder("GROUP", await make_group(tx)) for _ in range(2)]
 
-    winners, codes = await race(*(funded.using(holder=people[n % 10]).credit("7") for n in range(50)))
+    winners, codes = await race(funded.database, *(funded.using(holder=people[n % 10]).credit("7") for n in range(50)))
 
     assert len(winners) == 14
     assert set(codes) == {"insufficient_program_balance"}
@@ -1244,7 +1292,9 @@ async def test_voids_and_credits_over_several_wallets_do_not_deadlock(funded: De
         await (funded, other)[n % 2].provision("1", f"auth{n // 2}")
 
     winners, codes = await race(
-        *(funded.void(f"auth{n}") for n in range(5)), *((funded, other)[n % 2].credit("1") for n in range(20))
+        funded.database,
+        *(funded.void(f"auth{n}") for n in range(5)),
+        *((funded, other)[n % 2].credit("1") for n in range(20)),
     )
 
     assert (len(winners), codes) == (25, [])
@@ -1254,7 +1304,7 @@ async def test_voids_and_credits_over_several_wallets_do_not_deadlock(funded: De
 async def test_concurrent_uses_of_one_key_hold_once(any_desk: Desk) -> None:
     await any_desk.credit("100")
 
-    winners, _ = await race(*(any_desk.hold("10", idempotency_key="k") for _ in range(20)))
+    winners, _ = await race(any_desk.database, *(any_desk.hold("10", idempotency_key="k") for _ in range(20)))
 
     assert sum(not winner.replayed for winner in winners) == 1
     assert len({(winner.journal_entry_id, winner.hold_id) for winner in winners}) == 1

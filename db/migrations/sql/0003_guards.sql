@@ -36,6 +36,8 @@ alter table redemption set (fillfactor = 80);
 
 create trigger redemption_reversal_append_only before update or delete or truncate on redemption_reversal
     for each statement execute function refuse_change();
+create trigger participant_status_change_append_only before update or delete or truncate on participant_status_change
+    for each statement execute function refuse_change();
 create trigger transfer_append_only before update or delete or truncate on transfer
     for each statement execute function refuse_change();
 create trigger transfer_recipient_append_only before update or delete or truncate on transfer_recipient
@@ -46,6 +48,7 @@ declare
     tenant_table text;
 begin
     foreach tenant_table in array array['rule_budget', 'automation', 'simulation', 'simulation_holder', 'reward',
+                                        'participant_status_change',
                                         'reward_usage', 'redemption', 'redemption_lot', 'redemption_reversal',
                                         'transfer', 'transfer_recipient']
     loop
@@ -94,11 +97,13 @@ language sql stable security definer set search_path = pg_catalog, public as $$
     order by r.organization_id, r.expires_at, r.id limit p_limit
 $$;
 
--- Simulations that have not ended: each has a workflow that carries it.
+-- Simulations that a workflow has to carry: those that have not ended, and those that have left something behind.
 create function open_simulations(p_limit int)
 returns table (organization_id uuid, id uuid, program_id uuid)
 language sql stable security definer set search_path = pg_catalog, public as $$
-    select s.organization_id, s.id, s.program_id from simulation s where s.status in ('PENDING', 'RUNNING')
+    select s.organization_id, s.id, s.program_id from simulation s
+    where s.status in ('PENDING', 'RUNNING') or exists (
+        select from simulation_holder h where h.organization_id = s.organization_id and h.simulation_id = s.id)
     order by s.created_at limit p_limit
 $$;
 
@@ -108,4 +113,4 @@ grant execute on function programs_with_fan_outs(timestamptz, int), pending_rede
     to scrip_app;
 grant select, insert, update, delete on rule_budget, simulation_holder to scrip_app;
 grant select, insert, update on automation, simulation, reward, reward_usage, redemption, redemption_lot to scrip_app;
-grant select, insert on redemption_reversal, transfer, transfer_recipient to scrip_app;
+grant select, insert on participant_status_change, redemption_reversal, transfer, transfer_recipient to scrip_app;

@@ -18,6 +18,19 @@ depends_on = None
 
 def upgrade() -> None:
     op.create_table(
+        "participant_status_change",
+        sa.Column("organization_id", sa.Uuid(), nullable=False),
+        sa.Column("participant_id", sa.Uuid(), nullable=False),
+        sa.Column("changed_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("old_status", sa.Text(), nullable=False),
+        sa.Column("new_status", sa.Text(), nullable=False),
+        sa.Column("api_key_id", sa.Uuid(), nullable=True),
+        sa.PrimaryKeyConstraint(
+            "organization_id", "participant_id", "changed_at", "id", name=op.f("participant_status_change_pkey")
+        ),
+    )
+    op.create_table(
         "redemption_lot",
         sa.Column("organization_id", sa.Uuid(), nullable=False),
         sa.Column("redemption_id", sa.Uuid(), nullable=False),
@@ -152,16 +165,6 @@ def upgrade() -> None:
         sa.Column("api_key_id", sa.Uuid(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("updated_at", sa.DateTime(timezone=True), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["organization_id", "participant_id"],
-            ["participant.organization_id", "participant.id"],
-            name=op.f("redemption_organization_id_participant_id_fkey"),
-        ),
-        sa.ForeignKeyConstraint(
-            ["organization_id", "program_id"],
-            ["program.organization_id", "program.id"],
-            name=op.f("redemption_organization_id_program_id_fkey"),
-        ),
         sa.PrimaryKeyConstraint("organization_id", "id", name=op.f("redemption_pkey")),
     )
     op.create_index(
@@ -249,6 +252,8 @@ def upgrade() -> None:
         sa.Column("events_done", sa.BigInteger(), nullable=False),
         sa.Column("last_processed_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("last_seq", sa.BigInteger(), nullable=True),
+        sa.Column("sequence_before", sa.BigInteger(), nullable=True),
+        sa.Column("starts", sa.SmallInteger(), nullable=False),
         sa.Column("results", postgresql.JSON(astext_type=sa.Text()), nullable=False),
         sa.Column("error", sa.Text(), nullable=True),
         sa.Column("api_key_id", sa.Uuid(), nullable=True),
@@ -326,11 +331,6 @@ def upgrade() -> None:
         sa.Column("journal_entry_id", sa.Uuid(), nullable=False),
         sa.Column("api_key_id", sa.Uuid(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["organization_id", "redemption_id"],
-            ["redemption.organization_id", "redemption.id"],
-            name=op.f("redemption_reversal_organization_id_redemption_id_fkey"),
-        ),
         sa.PrimaryKeyConstraint("organization_id", "id", name=op.f("redemption_reversal_pkey")),
     )
     op.create_index(
@@ -368,7 +368,8 @@ def upgrade() -> None:
         sa.Column("organization_id", sa.Uuid(), nullable=False),
         sa.Column("simulation_id", sa.Uuid(), nullable=False),
         sa.Column("entity_id", sa.Uuid(), nullable=False),
-        sa.Column("state", postgresql.JSON(astext_type=sa.Text()), nullable=False),
+        sa.Column("is_included", sa.Boolean(), nullable=True),
+        sa.Column("state", postgresql.JSON(astext_type=sa.Text()), nullable=True),
         sa.ForeignKeyConstraint(
             ["organization_id", "simulation_id"],
             ["simulation.organization_id", "simulation.id"],

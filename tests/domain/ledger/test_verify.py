@@ -13,6 +13,7 @@ import pytest
 
 from db.session import Database
 from domain import limits
+from domain.balances import Holder
 from domain.ledger import moments
 from domain.ledger.canonical import GENESIS_HASH
 from domain.ledger.journal import load_accounts, write
@@ -30,7 +31,7 @@ from domain.ledger.verify import (
     verify_chain,
 )
 from domain.locks import lock_participants
-from tests.builders import Shop, d, open_shop
+from tests.builders import Shop, d, make_participant, open_shop
 from tests.conftest import SettableClock, Tenant
 from tests.holdings_support import Desk
 from tests.servers import Postgres
@@ -433,6 +434,194 @@ async def test_a_tampered_lot_or_hold_is_found(
     assert re.search(f"holder [0-9a-f-]+, asset {desk.asset_id}, ({bucket}):", walk.problem or ""), walk.problem
 
 
+@pytest.fixture
+async def lots(database: Database, organization: Tenant, clock: SettableClock) -> Desk:
+    """Alice's desk of a LOT asset with twins: whatever two of them exchange, the sums stay as they are.
+
+    Lots of 10: one spent, one HELD, one HELD and released, two AVAILABLE that nothing has changed, one expired, two
+    DEFERRED. Holds: ACTIVE ones of 10, of 3 and of 4; RELEASED ones of 10 and 1, and a FORFEITED one of 1.
+    """
+    desk = Desk.of(database, organization.id, await open_shop(database, organization.id, inventory_mode="LOT"))
+    await desk.credit("10")
+    await desk.debit("10")
+    for _ in range(4):
+        await desk.credit("10")
+    _, held, released, *_ = [lot["id"] for lot in await desk.lot_rows()]
+    await desk.hold(lot_ids=[held])
+    await desk.hold(lot_ids=[released])
+    await desk.release(lot_ids=[released])
+    await desk.grant("10", expires_at=clock() + timedelta(minutes=1))
+    for _ in range(2):
+        await desk.grant("10", matures_at=clock() + timedelta(days=1))
+    clock.advance(minutes=2)
+    await desk.expire_due()
+    await desk.credit("9")
+    part = [(await desk.lot_rows())[-1]["id"]]
+    for amount in ("3", "4", "1", "1"):
+        await desk.hold(amount, lot_ids=part)
+    *_, first, second = await desk.hold_rows()
+    await desk.end(first["id"], "RELEASE")
+    await desk.end(second["id"], "FORFEIT")
+    walk = await verify(database, organization)
+    assert (walk.problem, walk.stage) == (None, "DONE")
+    return desk
+
+
+# A lot is named by how its changes left it, the first of those by age.
+_EXCHANGE = """
+with pair as (
+    select a.id as a, b.id as b, a.status as status_a, b.status as status_b, a.hold_id as hold_a, b.hold_id as hold_b
+    from (select l.* from lot l where asset_id = %s and amount = 10 and {a} order by created_at, id limit 1) a,
+         (select l.* from lot l where asset_id = %s and amount = 10 and {b} order by created_at desc, id desc limit 1) b
+)
+update lot set status = case lot.id when a then status_b else status_a end,
+               hold_id = case lot.id when a then hold_b else hold_a end
+from pair where lot.id in (a, b)
+"""
+_UNTOUCHED = "not exists (select from lot_change c where c.lot_id = l.id)"
+_TOUCHED = "exists (select from lot_change c where c.lot_id = l.id)"
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("status = 'HELD'", f"status = 'AVAILABLE' and {_UNTOUCHED}"),
+        ("status = 'HELD'", f"status = 'AVAILABLE' and {_TOUCHED}"),
+        (f"status = 'AVAILABLE' and {_TOUCHED}", "status = 'DEFERRED'"),
+        (f"status = 'AVAILABLE' and {_UNTOUCHED}", "status = 'DEFERRED'"),
+        ("status = 'CONSUMED'", "status = 'EXPIRED'"),
+    ],
+    ids=["held and never held", "held and held before", "deferred and changed", "never changed", "spent and expired"],
+)
+async def test_lots_that_have_exchanged_their_statuses_are_found(
+    database: Database, organization: Tenant, lots: Desk, tamper: Tamper, a: str, b: str
+) -> None:
+    """The sums don't show it: what the last change of each says does, or how it was made where nothing changed it."""
+    before = {lot["id"]: lot for lot in await lots.lot_rows()}
+    tamper(_EXCHANGE.format(a=a, b=b), lots.asset_id, lots.asset_id)
+    exchanged = {lot["id"]: lot for lot in await lots.lot_rows() if lot["status"] != before[lot["id"]]["status"]}
+    assert len(exchanged) == 2
+
+    walk = await verify(database, organization)
+
+    named = UUID(re.findall(r"lot ([0-9a-f-]+) is", walk.problem or "")[0])
+    assert named in exchanged, walk.problem
+    assert f"entry {await last_entry_of(lots, 'lot', named)} left it otherwise" in (walk.problem or "")
+
+
+@pytest.mark.parametrize(
+    ("table", "statement"),
+    [
+        ("lot", "update lot_change set status = 'AVAILABLE' where status = 'HELD' and lot_id = %s"),
+        ("lot", "update lot_change set status = 'HELD' where status = 'AVAILABLE' and lot_id = %s"),
+        ("lot", "update lot_change set status = 'EXPIRED' where status = 'CONSUMED' and lot_id = %s"),
+        ("lot", "update lot set status = 'EXPIRED' where status = 'CONSUMED' and id = %s"),
+        ("lot", "update lot set status = 'CONSUMED' where status = 'EXPIRED' and id = %s"),
+        ("hold", "update hold set status = 'FORFEITED' where status = 'RELEASED' and id = %s"),
+        ("hold", "update hold set status = 'EXPIRED' where status = 'FORFEITED' and id = %s"),
+        ("hold", "update hold_change set status = 'VOIDED' where status = 'RELEASED' and hold_id = %s"),
+    ],
+)
+async def test_a_status_that_its_last_change_does_not_explain_is_found(
+    database: Database, organization: Tenant, lots: Desk, tamper: Tamper, table: str, statement: str
+) -> None:
+    """Whichever of the two was tampered with: the lot or hold is named, and the entry that changed it last."""
+    tampered = await first_that(lots, table, statement)
+    tamper(statement, tampered)
+
+    walk = await verify(database, organization)
+
+    assert (walk.valid, walk.first_invalid_entry_id) == (False, None)
+    assert f"{table} {tampered} is " in (walk.problem or ""), walk.problem
+    assert f"entry {await last_entry_of(lots, table, tampered)} left it otherwise" in (walk.problem or "")
+
+
+async def test_an_earlier_change_does_not_explain_a_status(
+    database: Database, organization: Tenant, lots: Desk, tamper: Tamper
+) -> None:
+    """Of a lot that was held and released: changes are in the order of their entries in the chain, not of their ids."""
+    (lot_id,) = {row["lot_id"] for row in await changes(lots, "lot") if row["status"] == "HELD"} & {
+        row["lot_id"] for row in await changes(lots, "lot") if row["status"] == "AVAILABLE" and row["delta"] == 0
+    }
+    first, last = [row["entry_id"] for row in await changes(lots, "lot") if row["lot_id"] == lot_id]
+    for a, b in ((first, None), (last, first), (None, last)):
+        # The entries' ids change places in the changes, so that the release comes first.
+        tamper("update lot_change set entry_id = coalesce(%s, %s) where lot_id = %s and entry_id = coalesce(%s, %s)",
+               b, UUID(int=1), lot_id, a, UUID(int=1))  # fmt: skip
+
+    walk = await verify(database, organization)
+
+    assert f"lot {lot_id} is AVAILABLE, and entry {last} left it otherwise" in (walk.problem or ""), walk.problem
+
+
+async def test_lots_that_lie_in_another_hold_are_found(
+    database: Database, organization: Tenant, lots: Desk, tamper: Tamper
+) -> None:
+    """All holds together still have what their holder's lots have."""
+    held = {hold["remaining"]: hold["id"] for hold in await lots.hold_rows() if hold["status"] == "ACTIVE"}
+    three, four = held[d("3")], held[d("4")]
+    tamper(
+        "update lot set hold_id = case hold_id when %s then %s::uuid else %s end where status = 'HELD'"
+        " and hold_id = any(%s)",
+        three, four, three, [three, four],
+    )  # fmt: skip
+
+    walk = await verify(database, organization)
+
+    first, wrong = sorted([(three, ("3", "4")), (four, ("4", "3"))])[0]
+    assert f"hold {first} has {wrong[0]}, and the lots in it have {wrong[1]}" in (walk.problem or ""), walk.problem
+
+
+async def test_a_lot_in_the_hold_of_another_holder_is_found(
+    database: Database, organization: Tenant, lots: Desk, tamper: Tamper
+) -> None:
+    async with database.transaction(organization.id) as tx:
+        bob = lots.using(holder=Holder("PARTICIPANT", await make_participant(tx)))
+    await bob.credit("10")
+    await bob.hold("10")
+    (theirs,) = await bob.hold_rows()
+    mine = next(hold for hold in await lots.hold_rows() if hold["status"] == "ACTIVE" and hold["amount"] == 10)
+    tamper(
+        "update lot set hold_id = case hold_id when %s then %s::uuid else %s end where hold_id = any(%s)"
+        " and status = 'HELD'",
+        mine["id"], theirs["id"], mine["id"], [mine["id"], theirs["id"]],
+    )  # fmt: skip
+
+    walk = await verify(database, organization)
+
+    assert re.search(r"hold [0-9a-f-]+ has 10, and the lots in it have 0$", walk.problem or ""), walk.problem
+
+
+async def changes(desk: Desk, table: str) -> list[dict[str, Any]]:
+    """The changes of the desk's lots or holds, in the order of their entries."""
+    query: Any = (
+        f"select c.* from {table}_change c join {table} r on r.id = c.{table}_id"
+        " join journal_entry e on e.id = c.entry_id where r.asset_id = %s order by e.sequence"
+    )
+    async with desk.database.transaction(desk.organization_id) as tx:
+        return await tx.rows(query, (desk.asset_id,))
+
+
+async def last_entry_of(desk: Desk, table: str, row_id: UUID) -> UUID:
+    """The entry that changed this lot or hold last, or made it where none did."""
+    found = [row["entry_id"] for row in await changes(desk, table) if row[f"{table}_id"] == row_id]
+    rows = await (desk.lot_rows() if table == "lot" else desk.hold_rows())
+    entry_id: UUID = found[-1] if found else next(row["entry_id"] for row in rows if row["id"] == row_id)
+    return entry_id
+
+
+async def first_that(desk: Desk, table: str, statement: str) -> UUID:
+    """The first lot or hold to which the statement does something to tamper with."""
+    status = re.findall(r"where status = '(\w+)'", statement)[0]
+    if "_change" in statement:
+        latest = {row[f"{table}_id"]: row["status"] for row in await changes(desk, table)}
+        found: UUID = next(row_id for row_id, last in latest.items() if last == status)
+        return found
+    rows = await (desk.lot_rows() if table == "lot" else desk.hold_rows())
+    row_id: UUID = next(row["id"] for row in rows if row["status"] == status)
+    return row_id
+
+
 @pytest.mark.parametrize("page", [1, 2, 1_000])
 async def test_sound_lots_and_holds_are_valid_whatever_the_page(
     database: Database, organization: Tenant, desks: dict[str, Desk], monkeypatch: pytest.MonkeyPatch, page: int
@@ -529,6 +718,7 @@ async def test_lots_and_holds_are_checked_through_indexes(
         for query in (_ACCOUNTS, _LOTS, _HOLDS):
             explained: Any = f"explain (costs off) {query}"
             plan = [line for (line,) in await (await tx.execute(explained, params)).fetchall()]
-            scans = [line for line in plan if "Seq Scan" in line and re.search("(account|lot|hold|_change)( |$)", line)]
+            tables = "(account|lot|hold|_change|posting|journal_entry)( |$)"
+            scans = [line for line in plan if "Seq Scan" in line and re.search(tables, line)]
             assert not scans, "\n".join(plan)
             assert sum("Index Cond: " in line for line in plan) >= 3, "\n".join(plan)
