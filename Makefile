@@ -35,7 +35,7 @@ bench: install-dev ## the headline figures, about five minutes
 bench-full: install-dev ## every figure
 	$(BIN)/python -m benchmarks --full
 
-drills: install-dev ## break a running system on purpose and prove that nothing happened, about twenty minutes
+drills: install-dev ## break a running system on purpose and prove that nothing happened, about half an hour
 	$(BIN)/python -m drills $(ARGS)
 
 lock: ## write the lock files again from pyproject.toml (needs uv; ARGS=--upgrade takes the newest packages)

@@ -49,13 +49,15 @@ class ReconcileReport:
     event_queues_woken: int
     holds_started: int
     hold_ends_woken: int
+    broadcasts_woken: int = 0
+    redemptions_started: int = 0
 
 
 Reconcile = Callable[[Callable[[], None]], Awaitable[ReconcileReport]]
 """Makes Temporal agree with Postgres, calling its argument now and then."""
 
-_Work = Callable[[Database, UUID, "_Span"], Awaitable[tuple[dict[str, int], bool]]]
-"""Looks after one organization; what it did, and whether it finished."""
+_Work = Callable[[Database, UUID, "_Span"], Awaitable[dict[str, int]]]
+"""Does for one organization what is its share of a run; what it did."""
 
 
 class _Span:
@@ -95,7 +97,12 @@ class _SweepRounds:
     def report(self, after: UUID | None, *, finished: bool) -> UpkeepReport:
         """What all of them did so far."""
         done = self._done
-        counts = {"matured": done.matured, "expired": done.expired, "holds ended": done.holds_ended}
+        counts = {
+            "matured": done.matured,
+            "expired": done.expired,
+            "holds ended": done.holds_ended,
+            "redemptions expired": done.redemptions_expired,
+        }
         if done.failed:
             counts["failures"] = done.failed
         return UpkeepReport(after, finished, self._finished, len(self._failed), counts)
@@ -110,7 +117,7 @@ class UpkeepActivities:
     # Without this a cancellation is thrown into the thread at any point, also between a write and its commit.
     @activity.defn(name="sweep", no_thread_cancel_exception=True)
     def sweep(self, request: UpkeepRequest) -> UpkeepReport:
-        """Book what is due: maturities, expiries, and ends of holds that nobody carried out in time.
+        """Book what is due: maturities, expiries, and ends of holds and redemptions that nobody carried out in time.
 
         Every organization gets a slice of a few batches. Those with a backlog get their next ones when all others have
         had theirs: in this step while there is time, then in another round from the first organization.
@@ -132,20 +139,21 @@ class UpkeepActivities:
 
     @activity.defn(name="maintain", no_thread_cancel_exception=True)
     def maintain(self, request: UpkeepRequest) -> UpkeepReport:
-        """Append checkpoints of system accounts and withdraw stale promises."""
+        """Append checkpoints of system accounts and withdraw stale promises.
 
-        async def work(database: Database, organization_id: UUID, span: _Span) -> tuple[dict[str, int], bool]:
-            withdrawn = await database.repeat(organization_id, upkeep.repair)
-            counts = {"checkpoints": 0, "promises withdrawn": withdrawn}
-            more = True
-            while more:
+        An organization with a backlog of checkpoints gets limits.CHECKPOINT_PASSES of them, or fewer where the step's
+        time is over, and goes on in the next run: nobody waits for more than such a share.
+        """
+
+        async def work(database: Database, organization_id: UUID, span: _Span) -> dict[str, int]:
+            counts = {"checkpoints": 0, "promises withdrawn": await database.repeat(organization_id, upkeep.repair)}
+            for _ in range(limits.CHECKPOINT_PASSES):
                 done = await database.repeat(organization_id, append_checkpoints)
                 counts["checkpoints"] += done.written
-                more = done.more
                 span.progress()
-                if more and span.is_over():
-                    return counts, False
-            return counts, True
+                if not done.more or span.is_over():
+                    break
+            return counts
 
         return self._databases.run(lambda database: self._for_organizations(database, request, work))
 
@@ -153,9 +161,8 @@ class UpkeepActivities:
     def find_drift(self, request: UpkeepRequest) -> UpkeepReport:
         """Look for holds that disagree with the ledger; each is logged as an error and left as it is."""
 
-        async def work(database: Database, organization_id: UUID, span: _Span) -> tuple[dict[str, int], bool]:
-            drifts = await upkeep.find_drift(database, organization_id, span.progress)
-            return {"drifts found": len(drifts)}, True
+        async def work(database: Database, organization_id: UUID, span: _Span) -> dict[str, int]:
+            return {"drifts found": len(await upkeep.find_drift(database, organization_id, span.progress))}
 
         return self._databases.run(lambda database: self._for_organizations(database, request, work))
 
@@ -165,12 +172,10 @@ class UpkeepActivities:
         counts: dict[str, int] = {}
         while page := await organizations_after(database, after, limits.ORGANIZATIONS_PER_PAGE):
             for organization_id in page:
-                done, finished = await self._in_one(database, organization_id, span, work)
+                done = await self._in_one(database, organization_id, span, work)
                 failed += done is None
                 for name, count in (done or {}).items():
                     counts[name] = counts.get(name, 0) + count
-                if not finished:
-                    return UpkeepReport(after, False, seen, failed, counts)
                 after, seen = organization_id, seen + 1
                 span.progress()
                 if span.is_over():
@@ -179,7 +184,7 @@ class UpkeepActivities:
 
     async def _in_one(
         self, database: Database, organization_id: UUID, span: _Span, work: _Work
-    ) -> tuple[dict[str, int] | None, bool]:
+    ) -> dict[str, int] | None:
         try:
             return await work(database, organization_id, span)
         except DatabaseUnavailable:
@@ -187,7 +192,7 @@ class UpkeepActivities:
         except Exception:
             # What is wrong with one organization must not keep the others waiting.
             logger.exception("upkeep failed", extra={"organization_id": str(organization_id)})
-            return None, True
+            return None
 
 
 class ReconcileActivities:

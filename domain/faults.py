@@ -25,6 +25,21 @@ POINTS = (
     "batch.committed",  # the batch is committed, nobody told
     "drain.withdrawn",  # the promise is withdrawn, the last look not taken
     "ledger.written",  # the postings of an operation or a batch are written, their entries not sealed
+    "hold_ends.written",  # ends of holds are written, the commit not sent; its subject is who carries them
+    "hold_ends.committed",  # ends of holds are committed, nobody told; likewise
+    "due_lots.written",  # maturities or expiries are written, the commit not sent; its subject is MATURITY or EXPIRY
+    "due_lots.committed",  # maturities or expiries are committed, nobody told; likewise
+    "automations.released",  # due automations have become events, the transaction not committed
+    "fan_out.written",  # a batch of a fan-out is written, the commit not sent
+    "fan_out.committed",  # a batch of a fan-out is committed, nobody told
+    "simulation.played",  # a batch of a simulation is played and its holders are written, its cursor is not
+    "simulation.written",  # a batch of a simulation is written, the commit not sent
+    "redemption.reserved",  # a redemption is reserved, the commit not sent
+    "redemption.confirmed",  # a redemption is confirmed, the commit not sent
+    "redemption.canceled",  # a redemption is canceled, the commit not sent
+    "redemption.expired",  # a redemption has expired, the commit not sent
+    "redemption.reversed",  # a two-step redemption is reversed, the commit not sent
+    "redemption.committed",  # one of these is committed, its workflow not told
 )
 """Every fault point there is; `reach` with another name is an error."""
 

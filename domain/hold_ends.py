@@ -13,7 +13,7 @@ from typing import Literal
 from uuid import UUID
 
 from db.session import Database, Transaction
-from domain import limits
+from domain import faults, limits
 from domain.errors import Refusal
 from domain.ids import new_id
 from domain.ledger import movements
@@ -126,6 +126,8 @@ async def end_due_holds(
         due = await tx.execute(_DUE, (tx.organization_id, program_id, now, carrier, limit))
         hold_ids = [row[0] for row in await due.fetchall()]
         ended = await _end(tx, hold_ids, now, order=None)
+        if ended:
+            await faults.reach("hold_ends.written", carrier)
         # Holds that can't be ended are logged; where a whole batch is of that kind, trying again at once won't help.
         more = ended > 0 and len(hold_ids) == limit
         following = await tx.execute(_NEXT_END, (tx.organization_id, program_id, now, carrier))
@@ -136,7 +138,10 @@ async def end_due_holds(
             next_end = at + CLOCK_SKEW
         return EndedHolds(ended, more, next_end)
 
-    return await database.repeat(organization_id, work)
+    batch = await database.repeat(organization_id, work)
+    if batch.ended:
+        await faults.reach("hold_ends.committed", carrier)
+    return batch
 
 
 async def end_hold(
@@ -148,7 +153,8 @@ async def end_hold(
     one of another program where `program_id` names one. None for a hold that doesn't exist.
     """
     now = instant_of_step(tx.now, at)
-    await _end(tx, [hold_id], now, order, program_id)
+    if await _end(tx, [hold_id], now, order, program_id):
+        await faults.reach("hold_ends.written", "WORKFLOW")
     return await find_hold(tx, hold_id)
 
 
@@ -203,7 +209,7 @@ async def _end(
     ended = 0
     for hold in (books.holds.get(hold_id) for hold_id in hold_ids if books.holds.has(hold_id)):
         if _is_to_end(hold, now, order) and program_id in (None, hold.program_id):
-            ended += _end_one(books, hold, now, order, has_lots=hold.asset_id in with_lots)
+            ended += end_in_books(books, hold, now, order, has_lots=hold.asset_id in with_lots)
     await write(tx, books)
     return ended
 
@@ -214,7 +220,11 @@ def _is_to_end(hold: Hold, now: datetime, order: Order | None) -> bool:
     return order is not None or (hold.expires_at is not None and hold.expires_at <= now)
 
 
-def _end_one(books: Books, hold: Hold, now: datetime, order: Order | None, *, has_lots: bool) -> bool:
+def end_in_books(books: Books, hold: Hold, now: datetime, order: Order | None, *, has_lots: bool) -> bool:
+    """Release or forfeit what remains in a hold, whose lots are loaded; False where that can't be, and nothing is done.
+
+    By the hold's own terms where `order` is None.
+    """
     holder_type: HolderType = "GROUP" if hold.entity_type == "GROUP" else "PARTICIPANT"
     position = Position(holder_type, hold.entity_id, hold.asset_id, has_lots)
     selection = position.select("HELD", now, hold_id=hold.id)

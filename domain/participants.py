@@ -11,7 +11,7 @@ from sqlalchemy import update as sql_update
 from sqlmodel import col, select
 
 from db.session import Transaction
-from db.tables import Enrollment, Participant
+from db.tables import Enrollment, Participant, ParticipantStatusChange
 from domain import programs, state
 from domain.errors import Refusal, not_found
 from domain.ids import new_id
@@ -175,6 +175,8 @@ async def _change(tx: Transaction, participant: Participant, profile: Mapping[st
     new = {name: value for name, value in new.items() if getattr(participant, name) != value}
     if new:
         new["updated_at"] = tx.now
+        if "status" in new:
+            await _record_status(tx, participant, str(new["status"]))
         await tx.run(
             sql_update(Participant)
             .where(col(Participant.organization_id) == tx.organization_id, col(Participant.id) == participant.id)
@@ -187,6 +189,20 @@ async def _change(tx: Transaction, participant: Participant, profile: Mapping[st
         await state.merge_attributes(tx, entity, changes.attributes)
     if changes.tags is not None:
         await state.replace_tags(tx, entity, changes.tags)
+
+
+async def _record_status(tx: Transaction, participant: Participant, status: str) -> None:
+    await tx.insert(
+        ParticipantStatusChange(
+            organization_id=tx.organization_id,
+            participant_id=participant.id,
+            changed_at=tx.now,
+            id=new_id(),
+            old_status=participant.status,
+            new_status=status,
+            api_key_id=tx.api_key_id,
+        )
+    )
 
 
 async def _require_free_external_id(tx: Transaction, external_id: str) -> None:

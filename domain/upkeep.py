@@ -1,9 +1,11 @@
-"""Upkeep: what falls due by itself, and what should be looked after now and then. Contract: holders.md 7.3, 6.8.
+"""Upkeep: what falls due by itself, and what should be looked after now and then.
 
-Lots mature and expire, holds come to their end. Whoever runs this (a schedule every 30 seconds, an operator's command,
-both at once) finds what is due in index order, a batch at a time, each batch a transaction of its own under its
-holders' locks. So a run that dies half way leaves whole batches behind, the next one goes on where it stopped, and one
-that comes after it writes nothing. Memory and locks depend on the batch, never on how much is due.
+Contract: holders.md 7.3 and 6.8, redemptions.md 3.5.
+
+Lots mature and expire, holds and pending redemptions come to their end. Whoever runs this (a schedule every 30 seconds,
+an operator's command, both at once) finds what is due in index order, a batch at a time, each batch a transaction of
+its own under its holders' locks. So a run that dies half way leaves whole batches behind, the next one goes on where it
+stopped, and one that comes after it writes nothing. Memory and locks depend on the batch, never on how much is due.
 """
 
 import logging
@@ -16,7 +18,7 @@ from typing import Literal, LiteralString
 from uuid import UUID
 
 from db.session import Database, Transaction
-from domain import limits
+from domain import faults, limits, redemptions
 from domain.hold_ends import ALL, end_due_holds, instant_of_step, programs_with_ends
 from domain.ledger import movements
 from domain.ledger.books import Books
@@ -31,12 +33,13 @@ from domain.money import ZERO
 logger = logging.getLogger("scrip.upkeep")
 
 DueKind = Literal["MATURITY", "EXPIRY"]
-_Kind = Literal["MATURITY", "EXPIRY", "HOLDS"]
+_Batched = Literal["MATURITY", "EXPIRY", "REDEMPTIONS"]
+_Kind = Literal["MATURITY", "EXPIRY", "REDEMPTIONS", "HOLDS"]
 
 SLICE_BATCHES = 4
 """How many batches an organization gets before the others have their turn."""
-SKIPPED_LOTS = 100
-"""How many lots of a kind a sweep skips. Where more go wrong it isn't about lots, and the kind is given up."""
+SKIPPED = 100
+"""How many of a kind a sweep skips. Where more go wrong it isn't about single ones, and the kind is given up."""
 
 _DUE: dict[DueKind, LiteralString] = {
     "MATURITY": """
@@ -85,12 +88,14 @@ order by page.entity_id, page.asset_id
 class Swept:
     """What was done in one organization, in entries written, and what went wrong.
 
-    `failed` counts lots that were skipped, and kinds or programs that were given up. Each is in the log as an error.
+    `failed` counts lots and redemptions that were skipped, and kinds or programs that were given up. Each is in the log
+    as an error.
     """
 
     matured: int = 0
     expired: int = 0
     holds_ended: int = 0
+    redemptions_expired: int = 0
     failed: int = 0
 
     def __add__(self, other: "Swept") -> "Swept":
@@ -98,6 +103,7 @@ class Swept:
             self.matured + other.matured,
             self.expired + other.expired,
             self.holds_ended + other.holds_ended,
+            self.redemptions_expired + other.redemptions_expired,
             self.failed + other.failed,
         )
 
@@ -144,9 +150,13 @@ async def process_due_lots(
             _process(books, lot, kind, now)
         written = len(books.entries)
         await write(tx, books)
+        await faults.reach("due_lots.written", kind)
         return written, len(found) == limit
 
-    return await database.repeat(organization_id, work)
+    done = await database.repeat(organization_id, work)
+    if done[0]:
+        await faults.reach("due_lots.committed", kind)
+    return done
 
 
 def _due_at(lot: Lot, kind: DueKind) -> datetime:
@@ -156,11 +166,12 @@ def _due_at(lot: Lot, kind: DueKind) -> datetime:
 
 
 class Sweep:
-    """One organization's sweep, a slice at a time: maturities, expiries, and holds that are overdue by `hold_grace`.
+    """One organization's sweep, a slice at a time: maturities, expiries, and what is overdue by `hold_grace`.
 
-    The kinds take turns, a batch each, so that none waits for the backlog of another; nor does what is wrong with one
-    stop the others. Where a batch of lots goes wrong, smaller ones lead to the lot that is to blame. It is logged as an
-    error and skipped, so the next sweep meets it again: nothing about its money is changed or forgotten.
+    The latter are holds and pending redemptions, whose own workflows come first. The kinds take turns, a batch each, so
+    that none waits for the backlog of another; nor does what is wrong with one stop the others. Where a batch of lots
+    or redemptions goes wrong, smaller ones lead to the one that is to blame. It is logged as an error and skipped, so
+    the next sweep meets it again: nothing about its money is changed or forgotten.
     """
 
     def __init__(
@@ -175,9 +186,14 @@ class Sweep:
         self._database = database
         self._at = at
         self._hold_grace = hold_grace
-        self._pending: deque[_Kind] = deque(("MATURITY", "EXPIRY", "HOLDS"))
-        self._sizes: dict[DueKind, int] = {"MATURITY": limits.DUE_LOTS, "EXPIRY": limits.DUE_LOTS}
-        self._skipped: dict[DueKind, set[UUID]] = {"MATURITY": set(), "EXPIRY": set()}
+        self._pending: deque[_Kind] = deque(("MATURITY", "EXPIRY", "HOLDS", "REDEMPTIONS"))
+        self._whole: dict[_Batched, int] = {
+            "MATURITY": limits.DUE_LOTS,
+            "EXPIRY": limits.DUE_LOTS,
+            "REDEMPTIONS": limits.DUE_REDEMPTIONS,
+        }
+        self._sizes = dict(self._whole)
+        self._skipped: dict[_Batched, set[UUID]] = {kind: set() for kind in self._whole}
         self._programs: deque[tuple[UUID, HoldCarrier]] | None = None
         self._swept = Swept()
 
@@ -206,33 +222,33 @@ class Sweep:
     async def _batch(self, kind: _Kind) -> bool:
         """Do a batch of this kind; whether there may be more."""
         try:
-            return await (self._end_holds() if kind == "HOLDS" else self._book_lots(kind))
+            return await (self._end_holds() if kind == "HOLDS" else self._book(kind))
         except Exception:
             await self._require_database()
             # The kind is given up until the next sweep. The others go on.
             self._note_failure("upkeep failed", kind=kind)
             return False
 
-    async def _book_lots(self, kind: DueKind) -> bool:
+    async def _book(self, kind: _Batched) -> bool:
         size, skipped = self._sizes[kind], self._skipped[kind]
         try:
-            written, more = await process_due_lots(
-                self._database, self.organization_id, kind, at=self._at, limit=size, skipped=skipped
-            )
+            written, more = await self._book_some(kind, size)
         except Exception:
             await self._require_database()
             if size > 1:
                 self._sizes[kind] = size // 2
                 return True
-            lot_id = await self._first_due(kind)
-            if lot_id is None or len(skipped) >= SKIPPED_LOTS:
+            first = await self._first_due(kind)
+            if first is None or len(skipped) >= SKIPPED:
                 raise
-            self._note_failure("a lot cannot be processed", kind=kind, lot_id=lot_id)
-            skipped.add(lot_id)
-            self._sizes[kind] = limits.DUE_LOTS
+            self._note_failure("what is due cannot be processed", kind=kind, id=first)
+            skipped.add(first)
+            self._sizes[kind] = self._whole[kind]
             return True
         if kind == "EXPIRY":
             self._swept += Swept(expired=written)
+        elif kind == "REDEMPTIONS":
+            self._swept += Swept(redemptions_expired=written)
         else:
             self._swept += Swept(matured=written)
             # A lot that matures late may have to expire at once.
@@ -240,16 +256,35 @@ class Sweep:
                 self._pending.append("EXPIRY")
         return more
 
-    async def _first_due(self, kind: DueKind) -> UUID | None:
+    async def _book_some(self, kind: _Batched, size: int) -> tuple[int, bool]:
+        skipped = self._skipped[kind]
+        if kind == "REDEMPTIONS":
+            until = self._overdue_since(self._database.clock())
+            return await self._database.repeat(
+                self.organization_id, lambda tx: redemptions.expire_overdue(tx, until, size, skipped)
+            )
+        return await process_due_lots(
+            self._database, self.organization_id, kind, at=self._at, limit=size, skipped=skipped
+        )
+
+    async def _first_due(self, kind: _Batched) -> UUID | None:
+        skipped = list(self._skipped[kind])
         async with self._database.transaction(self.organization_id) as tx:
+            if kind == "REDEMPTIONS":
+                overdue = await redemptions.find_overdue(tx, self._overdue_since(tx.now), 1, skipped)
+                return overdue[0] if overdue else None
             now = instant_of_step(tx.now, self._at)
-            cursor = await tx.execute(_DUE[kind], (tx.organization_id, now, list(self._skipped[kind]), 1))
+            cursor = await tx.execute(_DUE[kind], (tx.organization_id, now, skipped, 1))
             row = await cursor.fetchone()
         return None if row is None else row[0]
 
+    def _overdue_since(self, clock: datetime) -> datetime:
+        """Since when somebody should have ended what is ended here."""
+        return instant_of_step(clock, self._at) - self._hold_grace
+
     async def _end_holds(self) -> bool:
         """End a batch of holds that nobody has ended in time, whoever carries them: the net below the workflows."""
-        until = instant_of_step(self._database.clock(), self._at) - self._hold_grace
+        until = self._overdue_since(self._database.clock())
         if self._programs is None:
             self._programs = await self._programs_with_ends(until)
         if not self._programs:

@@ -49,7 +49,7 @@ def drill(
         Sizes().contention_s
     ),
 ) -> None:
-    """Break a running Scrip on purpose and prove that nothing was lost, doubled or reordered; about twenty minutes.
+    """Break a running Scrip on purpose and prove that nothing was lost, doubled or reordered; about half an hour.
 
     Each drill starts a platform of its own on free ports in a temporary directory: Postgres, Temporal, the API and the
     worker as separate processes. It sends events through the public API with a client that repeats what was not

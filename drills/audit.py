@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, LiteralString
 from uuid import UUID
 
 import psycopg
@@ -230,6 +230,13 @@ async def balances(platform: Platform) -> dict[tuple[UUID, UUID], Decimal]:
     async with await _connect(platform) as connection:
         rows = await _rows(connection, query, platform.organization_id)
     return {(row["entity_id"], row["asset_id"]): row["total"] for row in rows}
+
+
+async def read_rows(platform: Platform, query: LiteralString, params: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a query, as the owner of the tables sees them."""
+    async with await _connect(platform) as connection, connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(query, params)
+        return await cursor.fetchall()
 
 
 async def failures(platform: Platform, program_id: UUID) -> list[str]:

@@ -26,6 +26,8 @@ class Sizes:
     same_keys_clients: int = 6
     contention_s: float = 60.0
     stall_s: float = 15.0
+    due_events: int = 1_500
+    due_in_s: float = 20.0
     batch_to_strike: int = 2
 
 
@@ -38,6 +40,8 @@ SHORT = Sizes(
     same_keys_clients=3,
     contention_s=3.0,
     stall_s=3.0,
+    due_events=180,
+    due_in_s=10.0,
     batch_to_strike=1,
 )
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 
-from domain.faults import POINTS
+from domain import faults
 from drills.audit import moved_on, prove, settled
 from drills.case import Broken, Case, Drill, Finding, Say, Sizes
 from drills.client import Client, client_of
@@ -16,6 +16,10 @@ from drills.workload import Program, Sent, make_events, make_program, offer
 STRIKE_LIMIT_S = 120.0
 SLICES = 10
 
+# What passes the other points is not made by events alone: tests/domain/test_automations.py fails and interrupts there,
+# and so does tests/domain/test_simulations.py; drills/redemptions.py and drills/due.py kill there.
+_ELSEWHERE = ("automations.", "fan_out.", "redemption.", "hold_ends.", "due_lots.", "simulation.")
+POINTS = tuple(point for point in faults.POINTS if not point.startswith(_ELSEWHERE))
 API_POINTS = frozenset({"ingest.stored", "wake.sending"})
 
 # At which pass a fault strikes, other than the first, so that something came before it.

@@ -21,6 +21,8 @@ with workflow.unsafe.imports_passed_through():
     from workflows.summaries import summary
 
 IDLE_LIMIT = timedelta(minutes=1)
+_LONGEST_SLEEP = timedelta(days=30)
+"""After that the workflow looks what the next end is, and sleeps on."""
 _RETRIES = RetryPolicy(initial_interval=timedelta(milliseconds=200), maximum_interval=timedelta(seconds=5))
 
 
@@ -106,7 +108,7 @@ class HoldEnds:
             task_queue=queues.LEDGER,
             summary=summary(f"end due holds of {request.program_name}"),
             start_to_close_timeout=timedelta(minutes=2),
-            heartbeat_timeout=timedelta(seconds=30),
+            heartbeat_timeout=timedelta(seconds=15),
             retry_policy=_RETRIES,
         )
 
@@ -114,12 +116,15 @@ class HoldEnds:
         """Wait for a wake, an order or the next end; False after an idle minute."""
         self._due = None
         wait = IDLE_LIMIT if next_end is None else max(next_end - workflow.now(), timedelta(0))
+        awaited = "next end" if next_end else "idle limit"
+        # Runs that began before there was a longest sleep have a timer for all of it.
+        sleeps_in_parts = wait > _LONGEST_SLEEP and workflow.patched("sleep in parts")
+        if sleeps_in_parts:
+            wait, awaited = _LONGEST_SLEEP, "look"
         try:
-            await workflow.wait_condition(
-                self._has_work, timeout=wait, timeout_summary="next end" if next_end else "idle limit"
-            )
+            await workflow.wait_condition(self._has_work, timeout=wait, timeout_summary=awaited)
         except TimeoutError:
-            self._due = next_end
+            self._due = None if sleeps_in_parts else next_end
             return next_end is not None
         return True
 

@@ -26,6 +26,8 @@ UPKEEP_ID = "upkeep"
 RECONCILE_ID = "reconcile"
 DRIFT_ID = "drift-check"
 
+_SWEEP_HEARTBEAT = timedelta(seconds=20)
+"""What is due may wait for a minute, and runs begin every half a minute: a lost worker must show soon."""
 _RETRIES = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=10))
 
 
@@ -45,7 +47,7 @@ class Upkeep:
     async def run(self, request: UpkeepInput) -> dict[str, int]:
         """Do what is due when the run starts; what was done."""
         due = request.due or workflow.info().start_time
-        return await _through_organizations(UpkeepActivities.sweep, request.after, due)
+        return await _through_organizations(UpkeepActivities.sweep, request.after, due, heartbeat=_SWEEP_HEARTBEAT)
 
 
 @workflow.defn(name="Reconcile")
@@ -68,6 +70,8 @@ class Reconcile:
                 "event queues woken": report.event_queues_woken,
                 "holds started": report.holds_started,
                 "hold ends woken": report.hold_ends_woken,
+                "broadcasts woken": report.broadcasts_woken,
+                "redemptions started": report.redemptions_started,
             }
         return counts | await _through_organizations(UpkeepActivities.maintain, request.after, None)
 
@@ -82,7 +86,9 @@ class DriftCheck:
         return await _through_organizations(UpkeepActivities.find_drift, request.after, None)
 
 
-async def _through_organizations(step: Any, after: UUID | None, due: datetime | None) -> dict[str, int]:
+async def _through_organizations(
+    step: Any, after: UUID | None, due: datetime | None, *, heartbeat: timedelta = timedelta(minutes=1)
+) -> dict[str, int]:
     """Run `step` until it has been through all organizations after this one; the sums of what it counted."""
     counts = {"organizations": 0, "failed": 0}
     finished = False
@@ -93,7 +99,7 @@ async def _through_organizations(step: Any, after: UUID | None, due: datetime | 
             step,
             UpkeepRequest(after, due),
             start_to_close_timeout=timedelta(minutes=5),
-            heartbeat_timeout=timedelta(minutes=1),
+            heartbeat_timeout=heartbeat,
             retry_policy=_RETRIES,
         )
         after, finished = report.after, report.finished

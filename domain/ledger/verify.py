@@ -10,7 +10,8 @@ start: entries written meanwhile belong to the next walk. A background verificat
 + amount); from genesis on, that is the same as folding every account from zero.
 
 After the chain come the stages that follow from it: postings without an entry, then what is projected from the ledger.
-Accounts are held against the lots and holds that make them, lots and holds against their changes. Each is checked
+Accounts are held against the lots and holds that make them, lots and holds against their changes, holds against the
+lots in them. Each is checked
 within one statement, so in one snapshot, as it is then: writers change an account and its projections in one commit.
 
 Hashing is computation, and runs in a thread: a request's event loop goes on serving others.
@@ -142,29 +143,66 @@ cross join lateral (
 order by a.id
 """
 
-# Lots or holds with the sum of their changes, and whether the account that they are part of is there.
+# Lots or holds with the sum of their changes, whether the account that they are part of is there, and whether the entry
+# that came last to them explains their status. Where all changes left the status that it has, none has to be the last:
+# the order of changes, which is that of their entries, is looked up for the others only. One without changes is what
+# its own entry made it, and that entry has put value into its account.
 _CHANGED: LiteralString = """
-select r.id, r.entity_id, r.asset_id, {bucket}, r.status, r.amount, r.remaining, changes.delta, a.id is not null
+select r.id, r.entity_id, r.asset_id, {bucket}, r.status, r.amount, r.remaining, changes.delta, a.id is not null,
+       coalesce(newest.entry_id, r.entry_id),
+       case when changes.lowest is null then made.amount is not null
+            else coalesce(newest.status = r.status, true) end,
+       {in_lots}
 from (
     select * from {table} where organization_id = %(organization_id)s and id > %(after)s order by id limit %(rows)s
 ) r
 cross join lateral (
-    select coalesce(sum(delta), 0) as delta from {table}_change
+    select coalesce(sum(delta), 0) as delta, min(status) as lowest, max(status) as highest from {table}_change
     where organization_id = r.organization_id and {table}_id = r.id
 ) changes
+left join lateral (
+    select c.entry_id, c.status from {table}_change c
+    left join journal_entry e on e.organization_id = c.organization_id and e.id = c.entry_id
+    where c.organization_id = r.organization_id and c.{table}_id = r.id
+        and (changes.lowest <> changes.highest or changes.lowest <> r.status)
+    order by e.sequence desc nulls last, {tie} limit 1
+) newest on true
 left join lateral (
     select id from account
     where organization_id = r.organization_id and entity_id = r.entity_id and asset_id = r.asset_id
         and bucket = {bucket} and entity_type = r.entity_type
     limit 1
 ) a on true
+left join lateral (
+    select amount from posting
+    where organization_id = r.organization_id and entry_id = r.entry_id and account_id = a.id and amount > 0
+        and changes.lowest is null
+    limit 1
+) made on true
+{further}
 order by r.id
 """
-_LOTS: LiteralString = _CHANGED.format(table="lot", bucket="r.status")
-_HOLDS: LiteralString = _CHANGED.format(table="hold", bucket="'HELD'")
+_LOTS: LiteralString = _CHANGED.format(table="lot", bucket="r.status", tie="c.ordinal desc", in_lots="null", further="")
+_HOLDS: LiteralString = _CHANGED.format(
+    table="hold",
+    bucket="'HELD'",
+    tie="c.entry_id",
+    in_lots="case when s.inventory_mode = 'LOT' then coalesce(lots.remaining, 0) end",
+    further="""
+left join asset s on s.organization_id = r.organization_id and s.id = r.asset_id
+left join lateral (
+    select sum(remaining) as remaining from lot
+    where organization_id = r.organization_id and hold_id = r.id and status = 'HELD' and entity_id = r.entity_id
+        and asset_id = r.asset_id and s.inventory_mode = 'LOT'
+) lots on true
+""",
+)
 
 _BEFORE_ALL = UUID(int=0)
 """Where pages in the order of ids begin."""
+_IN_ORDER = "set local enable_bitmapscan = off"
+"""Pages are read along the index that has their order. Tenants have no statistics (0001_guards.sql), so the planner
+takes a long ledger for a short one and would rather read all that follows and sort it, for every page."""
 _HOLDERS = ("PARTICIPANT", "GROUP")
 _OPEN = ("DEFERRED", "AVAILABLE", "HELD", "ACTIVE")
 """The statuses of lots and holds of which something remains."""
@@ -223,6 +261,7 @@ async def check_window(tx: Transaction, window: int, moment: Moment | None = Non
     the head is the chain's as it is now. `window` is 1 to limits.INTEGRITY_WINDOW_MAX.
     """
     behind = _END_OF_CHAIN if moment is None else moment.sequence + 1
+    await tx.execute(_IN_ORDER)
     params = {"organization_id": tx.organization_id, "rows": window + 1, "behind": behind}
     rows = await (await tx.execute(_WINDOW, params)).fetchall()
     return await asyncio.to_thread(_attest, tx.organization_id, rows, window, moment, tx.now)
@@ -245,6 +284,7 @@ async def begin_walk(tx: Transaction) -> Walk:
 async def advance(tx: Transaction, walk: Walk) -> bool:
     """Check the next page; False once the walk has ended, at the first problem or with nothing left to check."""
     if walk.problem is None:
+        await tx.execute(_IN_ORDER)
         await (_STAGES[walk.stage] if walk.chain_is_done else _check_page)(tx, walk)
     walk.finished = walk.problem is not None or walk.stage == "DONE"
     return not walk.finished
@@ -322,7 +362,10 @@ class _Account(NamedTuple):
 
 
 class _Changed(NamedTuple):
-    """A lot or hold, and the sum of its changes."""
+    """A lot or hold, the sum of its changes, and whether the entry that came last to it left it in its status.
+
+    `in_lots` is what the lots in a hold have; None for a lot, and for a hold of an asset without lots.
+    """
 
     id: UUID
     entity_id: UUID
@@ -333,6 +376,9 @@ class _Changed(NamedTuple):
     remaining: Decimal
     delta: Decimal
     has_account: bool
+    entry_id: UUID
+    is_explained: bool
+    in_lots: Decimal | None
 
 
 def _attest(
@@ -480,6 +526,10 @@ def _change_problem(what: str, row: _Changed) -> str | None:
         return f"{name} has {row.remaining}, which its changes don't make of {row.amount}"
     if (row.remaining > ZERO) != (row.status in _OPEN):
         return f"{name} is {row.status} with {row.remaining}"
+    if not row.is_explained:
+        return f"{name} is {row.status}, and entry {row.entry_id} left it otherwise"
+    if row.in_lots is not None and row.in_lots != row.remaining:
+        return f"{name} has {format_plain(row.remaining)}, and the lots in it have {format_plain(row.in_lots)}"
     if row.remaining > ZERO and not row.has_account:
         return f"{name} belongs to no account"
     return None

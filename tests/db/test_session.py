@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from db.session import Database, DatabaseUnavailable, OutcomeUnknown
+from db.session import Database, DatabaseUnavailable, OutcomeUnknown, Tally, Transaction
 from domain.clock import system_clock
 from tests.conftest import Tenant
 from tests.servers import Postgres
@@ -162,3 +162,27 @@ async def test_a_commit_that_postgres_refuses_is_known_to_have_done_nothing(
             await writing
         assert not isinstance(refused.value, OutcomeUnknown)
         assert tags(owner, organization) == 0
+
+
+async def test_what_had_to_be_repeated_is_counted_and_logged(
+    postgres: Postgres, organization: Tenant, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Conflicts only: neither a refusal nor an outage says anything about the order of locks."""
+    attempts: list[int] = []
+
+    async def conflicts_twice(tx: Transaction) -> int:
+        attempts.append(len(attempts))
+        if len(attempts) <= 2:
+            await tx.execute("do $$ begin raise exception using errcode = '40P01'; end $$")
+        return len(attempts)
+
+    caplog.set_level("INFO", "scrip.db")
+    async with opened(postgres) as database:
+        assert await database.repeat(organization.id, conflicts_twice) == 3
+        with pytest.raises(ValueError, match="refused"):
+            async with database.transaction(organization.id):
+                raise ValueError("refused")
+
+        assert database.tally == Tally(begun=4, conflicted=2)
+    noted = [record for record in caplog.records if record.message == "transaction given up for a conflict"]
+    assert [(record.__dict__["conflicted"], record.__dict__["begun"]) for record in noted] == [(1, 1), (2, 2)]

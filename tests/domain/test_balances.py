@@ -22,6 +22,7 @@ from domain.wallet import WalletRequest
 from tests.builders import Shop, d, make_asset, make_group, make_participant, make_program, open_shop
 from tests.conftest import Tenant
 from tests.ledger_invariants import assert_ledger_invariants
+from tests.repetitions import nothing_repeated
 
 
 @pytest.fixture(autouse=True)
@@ -351,10 +352,11 @@ async def test_fifty_concurrent_debits_leave_no_overdraft(database: Database, or
     shop = await open_shop(database, organization.id)
     await adjust(database, organization, shop.alice, an_adjust(shop, amount="100"))
 
-    outcomes = await asyncio.gather(
-        *(adjust(database, organization, shop.alice, an_adjust(shop, "DEBIT", "7")) for _ in range(50)),
-        return_exceptions=True,
-    )
+    with nothing_repeated(database):
+        outcomes = await asyncio.gather(
+            *(adjust(database, organization, shop.alice, an_adjust(shop, "DEBIT", "7")) for _ in range(50)),
+            return_exceptions=True,
+        )
 
     assert_winners(outcomes, 14, "insufficient_balance")
     left = await adjust(database, organization, shop.alice, an_adjust(shop, "DEBIT", "2"))
@@ -367,10 +369,11 @@ async def test_fifty_concurrent_credits_never_overdraw_the_wallet(database: Data
     async with database.transaction(organization.id) as tx:
         holders = [await make_participant(tx) for _ in range(10)]
 
-    outcomes = await asyncio.gather(
-        *(adjust(database, organization, holders[i % 10], an_adjust(shop, amount="7")) for i in range(50)),
-        return_exceptions=True,
-    )
+    with nothing_repeated(database):
+        outcomes = await asyncio.gather(
+            *(adjust(database, organization, holders[i % 10], an_adjust(shop, amount="7")) for i in range(50)),
+            return_exceptions=True,
+        )
 
     assert_winners(outcomes, 14, "insufficient_program_balance")
 
@@ -381,17 +384,18 @@ async def test_credits_and_debits_of_many_holders_do_not_deadlock(database: Data
     async with database.transaction(organization.id) as tx:
         bob = await make_participant(tx)
 
-    outcomes = await asyncio.gather(
-        *(
-            adjust(
-                database,
-                organization,
-                (shop.alice, bob)[i % 2],
-                an_adjust(shop, ("CREDIT", "DEBIT")[i // 2 % 2], "1", allow_negative=True),
+    with nothing_repeated(database):
+        outcomes = await asyncio.gather(
+            *(
+                adjust(
+                    database,
+                    organization,
+                    (shop.alice, bob)[i % 2],
+                    an_adjust(shop, ("CREDIT", "DEBIT")[i // 2 % 2], "1", allow_negative=True),
+                )
+                for i in range(40)
             )
-            for i in range(40)
         )
-    )
 
     assert len(outcomes) == 40
 
@@ -400,7 +404,8 @@ async def test_concurrent_uses_of_one_key_take_effect_once(database: Database, o
     shop = await open_shop(database, organization.id)
     request = an_adjust(shop, idempotency_key="race")
 
-    results = await asyncio.gather(*(adjust(database, organization, shop.alice, request) for _ in range(20)))
+    with nothing_repeated(database):
+        results = await asyncio.gather(*(adjust(database, organization, shop.alice, request) for _ in range(20)))
 
     assert sum(result.replayed for result in results) == 19
     assert len({result.journal_entry_id for result in results}) == 1

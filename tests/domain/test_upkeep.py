@@ -26,6 +26,7 @@ from tests.conftest import SettableClock, Tenant
 from tests.due_support import entries_of, timed_hold
 from tests.holdings_support import Desk, HoldSeen
 from tests.ledger_invariants import assert_ledger_invariants
+from tests.repetitions import nothing_repeated
 
 NOON = datetime.fromisoformat("2025-01-15T12:00:00+00:00")
 ONE_O_CLOCK = NOON + timedelta(hours=1)
@@ -199,7 +200,8 @@ async def test_runs_at_the_same_time_write_each_entry_once(desk: Desk, clock: Se
         await desk.grant("2", matures_at=ONE_O_CLOCK)
     clock.set(ONE_O_CLOCK)
 
-    results = await asyncio.gather(*(run(desk) for _ in range(6)))
+    with nothing_repeated(desk.database):
+        results = await asyncio.gather(*(run(desk) for _ in range(6)))
 
     assert (sum(swept.matured for swept in results), sum(swept.expired for swept in results)) == (20, 20)
     assert await desk.buckets() == ("40", "0", "0")
@@ -219,7 +221,8 @@ async def test_spending_and_expiry_that_race_never_take_the_same_value(desk: Des
             return False
         return True
 
-    swept, *spent = await asyncio.gather(run(desk), *(spend() for _ in range(50)))
+    with nothing_repeated(desk.database):
+        swept, *spent = await asyncio.gather(run(desk), *(spend() for _ in range(50)))
 
     assert spent.count(True) == 30
     assert swept == Swept(expired=30)
@@ -287,7 +290,7 @@ async def test_a_kind_that_fails_throughout_does_not_stop_the_others(
     desk: Desk, clock: SettableClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is given up after a few lots: it isn't about them."""
-    monkeypatch.setattr("domain.upkeep.SKIPPED_LOTS", 2)
+    monkeypatch.setattr("domain.upkeep.SKIPPED", 2)
     await desk.credit("3")
     await timed_hold(desk, "3", ONE_O_CLOCK)
     for _ in range(5):

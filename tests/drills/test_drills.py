@@ -5,15 +5,16 @@ Method: the drills themselves, on one platform of their own with fewer events; a
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import timedelta
 from decimal import Decimal
 from uuid import uuid4
 
 import pytest
 
 from domain import faults
-from drills import contention, lost_temporal, points, same_keys
+from drills import contention, due, lost_temporal, points, same_keys
 from drills.audit import prove, settled
-from drills.case import SHORT, Broken, Finding
+from drills.case import SHORT, Broken, Finding, Say
 from drills.client import client_of
 from drills.platform import Platform, fresh_platform
 from drills.workload import REFUSED, Entry, Program, expected, make_events, make_program, offer
@@ -51,6 +52,39 @@ async def test_events_and_direct_operations_on_the_same_holders_get_in_nobodys_w
 
 async def test_events_that_wait_while_temporal_loses_everything_are_processed(platform: Platform) -> None:
     await lost_temporal.run(platform, SHORT, quietly)
+
+
+async def test_a_worker_killed_with_holds_half_ended_ends_each_of_them_once(platform: Platform) -> None:
+    await due.kill_at("hold_ends.written[PROGRAM]", platform, SHORT, quietly)
+
+
+async def test_a_worker_killed_with_lots_half_booked_books_each_of_them_once(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the proof of it sees an end that is missing, of another amount or at another time."""
+    prove_due = due.prove
+
+    async def and_see_damage(
+        platform: Platform, place: due.Place, promises: list[due.Promise], recovered: float, say: Say
+    ) -> Finding:
+        found = await prove_due(platform, place, promises, recovered, say)
+        mature = next(promise for promise in promises if promise.kind == "mature")
+        hold, *others = promises
+        for claim in (
+            others,
+            [*promises, hold],
+            [*promises, mature],
+            [replace(hold, amount=hold.amount + 1), *others],
+            [replace(hold, until=hold.until + timedelta(seconds=1)), *others],
+            [replace(promise, kind="expire") if promise is mature else promise for promise in promises],
+        ):
+            with pytest.raises(Broken):
+                await prove_due(platform, place, claim, recovered, say)
+        return found
+
+    monkeypatch.setattr(due, "prove", and_see_damage)
+
+    await due.kill_at("due_lots.written[MATURITY]", platform, SHORT, quietly)
 
 
 # --- the proof itself ---

@@ -7,7 +7,7 @@ the replay test, as `tests.workflows.record` does for EventProcessing.
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -66,6 +66,7 @@ class Bank:
     steps: list[str] = field(default_factory=list)
     at: list[datetime] = field(default_factory=list)
     dues: list[datetime | None] = field(default_factory=list)
+    next_end: datetime | None = None
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     first_run_id: str | None = None
@@ -99,12 +100,19 @@ class Bank:
 
     @activity.defn(name="end_due_holds")
     async def end_due(self, request: DueHolds) -> DueHoldsReport:
-        """Do what is said next; a timedelta is when the next end comes. After the last one there is nothing to do."""
+        """Do what is said next; a timedelta is when the next end comes. After the last one there is nothing to do.
+
+        Asked before an end that it has told, it tells that again.
+        """
         self.dues.append(request.due)
         await self._step("end due")
+        if self.next_end is not None and self.at[-1] < self.next_end:
+            return DueHoldsReport(0, False, self.next_end)
         step = self.due.pop(0) if self.due else DueHoldsReport(0, False, None)
         if isinstance(step, timedelta):
-            return DueHoldsReport(1, False, await self.env.get_current_time() + step)
+            self.next_end = self.at[-1] + step
+            return DueHoldsReport(1, False, self.next_end)
+        self.next_end = None
         return step
 
     async def until(self, left: timedelta) -> HoldState:
@@ -270,7 +278,7 @@ async def _cancelled_at_work(env: WorkflowEnvironment, step: str) -> Played:
             await bank.handle.signal("release")
         await bank.begun.wait()
         await bank.handle.cancel()
-        await _until_seen(bank.handle, "WORKFLOW_EXECUTION_CANCEL_REQUESTED")
+        await until_seen(bank.handle, "WORKFLOW_EXECUTION_CANCEL_REQUESTED")
         bank.gates[step].set()
         await asking
         return await ended(bank, bank.handle)
@@ -367,12 +375,12 @@ async def _ends_cancelled(env: WorkflowEnvironment) -> Played:
         handle = await bank.wake()
         await bank.begun.wait()
         await handle.cancel()
-        await _until_seen(handle, "WORKFLOW_EXECUTION_CANCEL_REQUESTED")
+        await until_seen(handle, "WORKFLOW_EXECUTION_CANCEL_REQUESTED")
         bank.gates["end due"].set()
         return await ended(bank, handle)
 
 
-async def _until_seen(handle: WorkflowHandle[Any, Any], event: str) -> None:
+async def until_seen(handle: WorkflowHandle[Any, Any], event: str) -> None:
     """Wait until the workflow has dealt with the event of this type."""
     for _ in range(1_000):
         events = [seen.event_type for seen in (await handle.fetch_history()).events]
@@ -408,16 +416,17 @@ SCENARIOS: dict[str, Callable[[WorkflowEnvironment], Awaitable[Played]]] = {
     "ends_holds_at_once_while_there_are_more": lambda env: _carrying(
         env, DueHoldsReport(200, True, None), DueHoldsReport(3, False, None)
     ),
+    "ends_holds_far_ahead_and_looks_now_and_then": lambda env: _carrying(env, SEVENTY_DAYS),
     "ends_holds_by_order": _ordered,
     "ends_holds_until_cancelled": _ends_cancelled,
 }
 """Every path by its name."""
 
 
-async def record(version: str) -> None:
+async def record(version: str, scenarios: Mapping[str, Callable[[WorkflowEnvironment], Awaitable[Any]]]) -> None:
     """Write `histories/<scenario>.<version>.json` for every scenario that has no such file yet."""
     async with time_skipping() as env:
-        for name, play in SCENARIOS.items():
+        for name, play in scenarios.items():
             path = HISTORIES / f"{name}.{version}.json"
             if path.exists():
                 continue
@@ -442,4 +451,4 @@ def suggest(history: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(record(version=sys.argv[1]))
+    asyncio.run(record(sys.argv[1], SCENARIOS))

@@ -104,7 +104,7 @@ async def test_a_program_without_holds_is_looked_at_for_an_idle_minute(env: Work
     assert played.status == COMPLETED
 
 
-async def test_a_program_sleeps_until_its_next_end_however_far(env: WorkflowEnvironment) -> None:
+async def test_a_program_sleeps_until_its_next_end(env: WorkflowEnvironment) -> None:
     """It is told which end it slept for, so that a clock that is behind doesn't make it wait."""
     played = await SCENARIOS["ends_holds_when_they_fall_due"](env)
 
@@ -112,6 +112,15 @@ async def test_a_program_sleeps_until_its_next_end_however_far(env: WorkflowEnvi
     assert played.bank.dues[0] is None
     slept_for = [due for due in played.bank.dues[1:] if due is not None]
     assert [round((due - played.bank.at[0]).total_seconds()) for due in slept_for] == [30, 30 + 36 * 3_600]
+
+
+async def test_a_program_sleeps_thirty_days_at_most(env: WorkflowEnvironment) -> None:
+    """It looks in between, and only at the end is it told which end it slept for."""
+    played = await SCENARIOS["ends_holds_far_ahead_and_looks_now_and_then"](env)
+
+    assert [round(second / 86_400) for second in played.bank.seconds()] == [0, 30, 60, 70]
+    assert [due is not None for due in played.bank.dues] == [False, False, False, True]
+    assert played.status == COMPLETED
 
 
 async def test_a_program_goes_on_at_once_while_more_is_due(env: WorkflowEnvironment) -> None:

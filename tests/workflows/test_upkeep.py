@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -16,6 +17,7 @@ from activities.threads import ThreadDatabases
 from activities.upkeep import UpkeepActivities, UpkeepReport, UpkeepRequest
 from db.session import Database
 from domain import upkeep as domain
+from domain.ledger.checkpoints import append_checkpoints
 from settings import Settings
 from tests.builders import open_shop
 from tests.conftest import SettableClock, Tenant
@@ -262,6 +264,62 @@ async def test_maintenance_checkpoints_and_drift_are_counted(
     assert maintained.counts["promises withdrawn"] >= 1
     assert checked.finished
     assert checked.failed == 0
+
+
+async def test_a_backlog_of_checkpoints_is_worked_off_a_share_a_run(
+    upkeep: UpkeepActivities,
+    database: Database,
+    desk: Desk,
+    new_organization: Callable[[], Tenant],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody waits until the organization before is through with it."""
+    other = new_organization()
+    theirs = Desk.of(database, other.id, await open_shop(database, other.id))
+    for _ in range(5):
+        await desk.credit("1")
+    await theirs.credit("1")
+    monkeypatch.setattr("domain.limits.CHECKPOINT_SPAN", 1)
+    monkeypatch.setattr("domain.limits.CHECKPOINT_PASSES", 2)
+    monkeypatch.setattr("activities.upkeep.append_checkpoints", partial(append_checkpoints, min_entries=1))
+
+    reached = []
+    for _ in range(3):
+        report = await step(upkeep.maintain, UpkeepRequest(None))
+        assert (report.finished, report.failed) == (True, 0)
+        reached.append((await checkpointed(desk), await checkpointed(theirs)))
+
+    assert reached == [(2, 1), (4, 1), (5, 1)]
+
+
+async def test_a_backlog_of_checkpoints_never_holds_a_step_to_one_organization(
+    upkeep: UpkeepActivities, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the step's time is over before its share, the next step goes on with the others all the same."""
+    for _ in range(3):
+        await desk.credit("1")
+    pages = iter([[desk.organization_id], []])
+
+    async def next_page(*_: Any) -> list[UUID]:
+        return next(pages)
+
+    monkeypatch.setattr("activities.upkeep.organizations_after", next_page)
+    monkeypatch.setattr("domain.limits.CHECKPOINT_SPAN", 1)
+    monkeypatch.setattr("domain.limits.SWEEP_S", -1.0)
+    monkeypatch.setattr("activities.upkeep.append_checkpoints", partial(append_checkpoints, min_entries=1))
+
+    report = await step(upkeep.maintain, UpkeepRequest(None))
+
+    assert (report.after, report.finished, report.organizations) == (desk.organization_id, False, 1)
+    assert await checkpointed(desk) == 1
+
+
+async def checkpointed(desk: Desk) -> int:
+    """The sequence up to which there are checkpoints."""
+    async with desk.database.transaction(desk.organization_id) as tx:
+        rows = await tx.rows("select max(sequence) as reached from system_checkpoint")
+    reached: int = rows[0]["reached"]
+    return reached
 
 
 async def test_an_activity_whose_time_is_over_says_where_to_go_on(
