@@ -14,7 +14,7 @@ from uuid import UUID
 
 from temporalio.client import Client
 from temporalio.service import RPCError
-from temporalio.worker import Worker
+from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from activities.broadcasts import AutomationActivities, FanOutActivities
 from activities.events import EventActivities
@@ -44,6 +44,7 @@ from workflows.reconcile import (
     reconcile,
     reconcile_broadcasts,
     reconcile_holds,
+    reconcile_redemptions,
 )
 from workflows.redemption import Redemption
 from workflows.schedules import ensure_schedules
@@ -63,6 +64,10 @@ WORKFLOWS: Sequence[type] = (
     Reconcile,
     DriftCheck,
 )
+
+# The SDK's sandbox loads a workflow's module anew for every run, which takes more than everything else that a run does.
+# tests/workflows plays every path of every workflow in it, and replays what was recorded.
+_RUNNER = UnsandboxedWorkflowRunner()
 
 
 class Workers:
@@ -149,6 +154,7 @@ def build_worker(client: Client, settings: Settings, clock: Clock, executor: Thr
                 activities=in_threads,
                 activity_executor=executor,
                 max_concurrent_activities=settings.worker_drains,
+                workflow_runner=_RUNNER,
                 graceful_shutdown_timeout=timedelta(seconds=15),
             ),
             Worker(
@@ -158,6 +164,7 @@ def build_worker(client: Client, settings: Settings, clock: Clock, executor: Thr
                 activities=on_the_loop,
                 max_concurrent_activities=4 * settings.database_pool_size,
                 max_concurrent_local_activities=4 * settings.database_pool_size,
+                workflow_runner=_RUNNER,
                 graceful_shutdown_timeout=timedelta(seconds=15),
             ),
         ],
@@ -187,7 +194,8 @@ def _reconciler(gateway: Gateway, database: Database) -> Callable[[Callable[[], 
         progress()
         holds = await reconcile_holds(database, gateway, progress)
         broadcasts_woken = await reconcile_broadcasts(database, gateway)
-        return ReconcileReport(queues_woken, holds.started, holds.woken, broadcasts_woken)
+        redemptions_started = await reconcile_redemptions(database, gateway, progress)
+        return ReconcileReport(queues_woken, holds.started, holds.woken, broadcasts_woken, redemptions_started)
 
     return run_reconcile
 
@@ -210,15 +218,17 @@ async def keep_reconciled(database: Database, gateway: Gateway) -> None:
         await asyncio.sleep(limits.LOST_WAKE_INTERVAL_S)
 
 
-async def start_missing_holds(database: Database, gateway: Gateway) -> None:
-    """Start the workflows of holds that Temporal lacks, once; a schedule does it again every five minutes."""
+async def start_missing_workflows(database: Database, gateway: Gateway) -> None:
+    """Start what holds and redemptions lack in Temporal, once; a schedule does it again every five minutes."""
     try:
+        redemptions = await reconcile_redemptions(database, gateway)
+        logger.info("started the workflows of %d redemptions", redemptions)
         holds = await reconcile_holds(database, gateway)
         logger.info("started the workflows of %d holds, woke HoldEnds of %d programs", holds.started, holds.woken)
     except (DatabaseUnavailable, RPCError, RuntimeError) as error:
-        logger.warning("looking for holds without a workflow failed: %s", error)
+        logger.warning("looking for missing workflows failed: %s", error)
     except Exception:
-        logger.exception("looking for holds without a workflow failed")
+        logger.exception("looking for missing workflows failed")
 
 
 async def serve_until(stop: asyncio.Event, timer: asyncio.Task[None]) -> None:
@@ -249,7 +259,7 @@ async def run(settings: Settings) -> None:
     gateway = Gateway.from_settings(settings)
     executor = ThreadPoolExecutor(settings.worker_drains, thread_name_prefix="drain")
     lost_wakes = asyncio.create_task(keep_reconciled(database, gateway))
-    timers = [lost_wakes, asyncio.create_task(start_missing_holds(database, gateway))]
+    timers = [lost_wakes, asyncio.create_task(start_missing_workflows(database, gateway))]
     try:
         async with build_worker(client, settings, system_clock, executor):
             if settings.worker_ready_file is not None:

@@ -11,7 +11,7 @@ from temporalio.exceptions import ApplicationError
 
 from activities.threads import ThreadDatabases
 from db.session import Database, Transaction
-from domain import limits, timed_holds
+from domain import faults, limits, timed_holds
 from domain.errors import Refusal
 from domain.hold_ends import HoldState, Order, end_due_holds, end_hold, find_hold
 from domain.timed_holds import Reservation, Reserved
@@ -93,6 +93,7 @@ class HoldActivities:
             return await end_hold(tx, order.hold_id, order=order.order, at=order.due, program_id=order.program_id)
 
         state = await self._database.repeat(order.organization_id, work)
+        await faults.reach("hold_ends.committed", "WORKFLOW")
         if state is not None and state.status == "ACTIVE" and order.program_id is None:
             raise ApplicationError(f"hold {order.hold_id} cannot be ended: see the worker's log", type="hold_stuck")
         return state

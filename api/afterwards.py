@@ -3,11 +3,28 @@
 Waiting for Temporal must not hold a database connection: a handful of slow calls would stop the whole API. So an
 endpoint that has to wait reads what it needs and returns `Afterwards`; its work runs when the transaction has ended
 and its connection is back in the pool, and the answer is the work's.
+
+What is ordered from a workflow is done in time or never (docs/decisions/0007-answered-or-never.md): `in_time` waits for
+its answer, and asks the database where there was none.
 """
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
+import structlog
 from starlette.responses import Response
+
+from settings import Settings
+from workflows.gateway import TemporalUnavailable
+
+logger = structlog.get_logger("scrip.api")
+
+T = TypeVar("T")
+
+# The rest of the wait is for asking the database what has become of the order.
+_SHARE_OF_WAIT = 0.8
 
 
 class Afterwards(Response):
@@ -16,3 +33,24 @@ class Afterwards(Response):
     def __init__(self, work: Callable[[], Awaitable[Response]]) -> None:
         super().__init__()
         self.work = work
+
+
+def wait_of(settings: Settings) -> float:
+    """How many seconds an order may take that a workflow carries out; it says so itself, as `not_after`."""
+    return settings.temporal_timeout_s * _SHARE_OF_WAIT
+
+
+async def in_time(ask: Callable[[], Awaitable[T]], outcome: Callable[[], Awaitable[T]], wait_s: float) -> T:
+    """What a workflow answered, or else what the database says has become of the order once its time is over.
+
+    `ask` raises TemporalUnavailable where no answer comes within `wait_s` seconds. The order's `not_after` is no later
+    than so many seconds after this is called.
+    """
+    asked_at = time.monotonic()
+    try:
+        return await ask()
+    except TemporalUnavailable as error:
+        logger.warning("a workflow did not answer in time", reason=str(error))
+        # Until its time is over the order may still be carried out; after that the database knows.
+        await asyncio.sleep(asked_at + wait_s - time.monotonic())
+        return await outcome()

@@ -25,6 +25,7 @@ from api import (
     state,
     statements,
     transfers,
+    two_step,
     wallet,
 )
 from api.backlog import BacklogGauge
@@ -61,6 +62,7 @@ ROUTERS = (
     wallet.router,
     rewards.router,
     redemptions.router,
+    two_step.router,
     transfers.router,
     rules.router,
     statements.router,

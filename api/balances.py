@@ -1,19 +1,16 @@
 """Balance operations on participants and groups over HTTP. Contract: holders.md 4.3 and 6."""
 
-import asyncio
-import time
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-import structlog
 from fastapi import APIRouter
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.afterwards import Afterwards
+from api.afterwards import Afterwards, in_time, wait_of
 from api.models import (
     AmountText,
     Boolean,
@@ -46,14 +43,8 @@ from domain.errors import Refusal
 from domain.ledger.movements import HolderType
 from domain.money import format_amount
 from domain.timed_holds import Reservation
-from workflows.gateway import TemporalUnavailable
 
 router = make_router("Balances")
-
-logger = structlog.get_logger("scrip.api")
-
-# The rest of the wait is for asking the database what has become of the hold.
-_SHARE_OF_WAIT = 0.8
 
 AdjustBucket = Literal["AVAILABLE", "HELD"]
 
@@ -296,18 +287,13 @@ async def make_timed_hold(
         return present_operation("HOLD", request.program_id, request.asset_id, request.reference_id, result)
     # What is wrong whoever looks at it is said at once, with or without Temporal.
     balances.require_future_end(request, tx.now)
-    wait_s = services.settings.temporal_timeout_s * _SHARE_OF_WAIT
+    wait_s = wait_of(services.settings)
     reservation = await timed_holds.prepare(tx, holder, request, wait_s)
-    asked_at = time.monotonic()
 
     async def work() -> Response:
-        try:
-            made = await services.gateway.make_hold(reservation, wait_s)
-        except TemporalUnavailable as error:
-            logger.warning("a hold was not answered in time", reason=str(error))
-            # Until its time is over it may still be made; after that the database knows.
-            await asyncio.sleep(asked_at + wait_s - time.monotonic())
-            made = await _outcome(services, reservation)
+        made = await in_time(
+            lambda: services.gateway.make_hold(reservation, wait_s), lambda: _outcome(services, reservation), wait_s
+        )
         return present_operation("HOLD", request.program_id, request.asset_id, request.reference_id, made)
 
     return Afterwards(work)
@@ -318,7 +304,7 @@ async def _outcome(services: ApiServices, reservation: Reservation) -> Operation
         found = await timed_holds.outcome(tx, reservation)
         if found is None:
             # Rolls the transaction back, so the key stays unused.
-            raise Refusal("service_unavailable", "the hold could not be made in time; nothing is reserved")
+            raise Refusal("service_unavailable", timed_holds.TOO_LATE)
         return found
 
 

@@ -43,18 +43,22 @@ class Noop:
 
 @workflow.defn(name=TWO_STEP_WORKFLOW)
 class TwoSteps:
-    """Answers two updates that do nothing, and ends after the second: the least that a two-step operation needs."""
+    """Answers two updates and ends after the second. They do nothing, or run an activity that does nothing."""
 
     def __init__(self) -> None:
         self._is_done = False
 
     @workflow.update(name=FIRST_UPDATE)
-    async def first(self) -> None:
+    async def first(self, with_activity: bool) -> None:
         """Do nothing."""
+        if with_activity:
+            await workflow.execute_activity(noop, start_to_close_timeout=timedelta(seconds=30))
 
     @workflow.update(name=SECOND_UPDATE)
-    async def second(self) -> None:
+    async def second(self, with_activity: bool) -> None:
         """End the workflow."""
+        if with_activity:
+            await workflow.execute_activity(noop, start_to_close_timeout=timedelta(seconds=30))
         self._is_done = True
 
     @workflow.run

@@ -22,11 +22,11 @@ from domain.rules.cel.syntax import Name, Node, Source, parse
 logger = logging.getLogger("scrip.rewards")
 
 
-async def check(source: str) -> None:
-    """Raise Refusal `bad_request` naming `eligibility` unless `source` compiles and reads nothing but the participant
-    and the time."""
+async def check(source: str, field: str = "eligibility") -> None:
+    """Raise Refusal `bad_request` naming `field` unless `source` compiles and reads nothing but the participant and the
+    time."""
     # In a thread: a long expression takes tens of milliseconds, and other requests must not wait for it.
-    await asyncio.to_thread(_check, source)
+    await asyncio.to_thread(_check, source, field)
 
 
 async def admits(tx: Transaction, source: str, participant: Mapping[str, Any]) -> bool:
@@ -46,21 +46,21 @@ async def admits(tx: Transaction, source: str, participant: Mapping[str, Any]) -
     return await asyncio.to_thread(_is_true, expression, holder.view, tx)
 
 
-def _check(source: str) -> None:
+def _check(source: str, field: str) -> None:
     try:
         expression = compile_expression(source)
     except ExpressionError as error:
-        raise _bad_expression(source, f"invalid CEL: {error}") from None
+        raise _bad_expression(field, source, f"invalid CEL: {error}") from None
     variables = {path[0] for path in expression.references}
     # References are about state alone, which the payload of an event is not.
     if "event" in _names(parse(Source(source))):
         variables.add("event")
     if others := sorted(variables - {"participant"}):
-        raise _bad_expression(source, f"may read only participant and now(), not {', '.join(others)}")
+        raise _bad_expression(field, source, f"may read only participant and now(), not {', '.join(others)}")
 
 
-def _bad_expression(source: str, message: str) -> Refusal:
-    return bad_field("eligibility", message, expected="CEL expression over participant and now()", received=source)
+def _bad_expression(field: str, source: str, message: str) -> Refusal:
+    return bad_field(field, message, expected="CEL expression over participant and now()", received=source)
 
 
 def _names(part: object) -> Iterator[str]:

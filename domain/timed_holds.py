@@ -1,26 +1,27 @@
 """Making a hold with an end: a reservation that is either answered in time or never made. Contract: holders.md 6.8.
 
-The hold is made by a workflow's step, which may run late: after the caller has been told that nothing was reserved. So
-every reservation says until when it may be made, by the database's clock, which all processes share. It refuses itself
-after that, and a caller who hasn't heard of it by then asks with `outcome`, which waits for one under way. After that
-the answer is final, whatever workers do.
+The hold is made by a workflow's step, in time or never (`domain.in_time`). A caller who hasn't heard of it in time asks
+with `outcome`, which waits for one under way.
 """
 
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from uuid import UUID, uuid5
+from uuid import UUID
 
 from db.session import Transaction
 from domain import balances
 from domain.balances import Holder, OperationRequest, OperationResult
-from domain.errors import Refusal, bad_field
+from domain.errors import bad_field
 from domain.hold_ends import HoldState, find_hold
-from domain.ids import new_id
+from domain.ids import keyed_id, new_id
+from domain.in_time import latest_instant, refuse_late
+
+TOO_LATE = "the hold could not be made in time; nothing is reserved"
+"""What the caller of a reservation hears that was not made."""
 
 LONGEST = timedelta(days=36_525)
 """The longest that a hold may last: a hundred years."""
 
-_NAMESPACE = UUID("b0b3a1de-8d7f-5a52-9a63-0f6a8f3d6c11")
 _OWN_KEY = "automation:hold:"
 """Begins the keys of requests that came without one; the API accepts no such key from callers."""
 
@@ -54,11 +55,6 @@ class Reserved:
     hold: HoldState
 
 
-def hold_id_of(program_id: UUID, idempotency_key: str) -> UUID:
-    """The id of the hold with an end that is made with this key: the same for every retry."""
-    return uuid5(_NAMESPACE, f"{program_id}:hold:{idempotency_key}")
-
-
 async def prepare(tx: Transaction, holder: Holder, request: OperationRequest, wait_s: float) -> Reservation:
     """The reservation that this request for a hold with an end asks for; it may be made for `wait_s` seconds from now.
 
@@ -66,15 +62,12 @@ async def prepare(tx: Transaction, holder: Holder, request: OperationRequest, wa
     """
     _require_near_end(request, tx.now)
     key = request.idempotency_key
-    hold_id = new_id() if key is None else hold_id_of(request.program_id, key)
-    cursor = await tx.execute("select clock_timestamp() + make_interval(secs => %s)", (wait_s,))
-    row = await cursor.fetchone()
-    assert row is not None
+    hold_id = new_id() if key is None else keyed_id(request.program_id, "hold", key)
     return Reservation(
         tx.organization_id,
         holder,
         replace(request, hold_id=hold_id, idempotency_key=key or f"{_OWN_KEY}{hold_id}"),
-        row[0],
+        await latest_instant(tx, wait_s),
         tx.api_key_id,
         tx.request_id,
     )
@@ -85,10 +78,10 @@ async def reserve(tx: Transaction, reservation: Reservation) -> Reserved:
 
     Raises Refusal `service_unavailable` when it is too late, and those of `balances.operate`.
     """
-    await _refuse_late(tx, reservation)
+    await refuse_late(tx, reservation.not_after, TOO_LATE)
     result = await balances.operate(tx, reservation.holder, reservation.request)
-    # Locks may have been waited for. Only sealing and the commit come after this.
-    await _refuse_late(tx, reservation)
+    # Only sealing and the commit come after this.
+    await refuse_late(tx, reservation.not_after, TOO_LATE)
     hold = await find_hold(tx, result.hold_id or reservation.hold_id)
     assert hold is not None, "the hold was made by this transaction or by the one that it replays"
     return Reserved(_as_asked(reservation, result), hold)
@@ -115,9 +108,3 @@ def _as_asked(reservation: Reservation, result: OperationResult) -> OperationRes
     """Without a key of the caller's there is nothing to replay, only a step that was repeated."""
     own = (reservation.request.idempotency_key or "").startswith(_OWN_KEY)
     return replace(result, replayed=False) if own else result
-
-
-async def _refuse_late(tx: Transaction, reservation: Reservation) -> None:
-    cursor = await tx.execute("select clock_timestamp() > %s", (reservation.not_after,))
-    if await cursor.fetchone() == (True,):
-        raise Refusal("service_unavailable", "the hold could not be made in time; nothing is reserved")

@@ -25,6 +25,7 @@ class Sizes:
     same_keys_rounds: int = 60
     same_keys_clients: int = 6
     contention_s: float = 60.0
+    redemptions: int = 300
     stall_s: float = 15.0
     due_events: int = 1_500
     due_in_s: float = 20.0
@@ -39,6 +40,7 @@ SHORT = Sizes(
     same_keys_rounds=5,
     same_keys_clients=3,
     contention_s=3.0,
+    redemptions=30,
     stall_s=3.0,
     due_events=180,
     due_in_s=10.0,

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection
 from datetime import timedelta
+from typing import TypeVar
 from uuid import UUID, uuid4
 
 import temporalio.api.enums.v1
@@ -19,23 +20,30 @@ from temporalio.common import (
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.exceptions import ApplicationError, TemporalError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
+from temporalio.workflow import UpdateMethodMultiParam
 
-from domain import limits
+from domain import limits, two_step
 from domain.balances import OperationResult
 from domain.clock import format_timestamp
 from domain.errors import STATUS_BY_CODE, Problem, Refusal
 from domain.hold_ends import CarriedHold
 from domain.timed_holds import Reservation
+from domain.two_step import CarriedRedemption
 from settings import Settings
-from workflows import hold, hold_ends, ledger_verification, queues
+from workflows import broadcasts, hold, hold_ends, ledger_verification, queues, redemption
+from workflows.broadcasts import Broadcasts, BroadcastsInput
 from workflows.event_processing import EventProcessing, EventProcessingInput, workflow_id
 from workflows.hold import Hold, HoldInput
 from workflows.hold_ends import HoldEnds, HoldEndsInput
 from workflows.ledger_verification import LedgerVerification, VerificationInput
-from workflows.search_attributes import ORGANIZATION, PARTICIPANT, PROGRAM, SEARCH_ATTRIBUTES
+from workflows.redemption import Redemption, RedemptionInput
+from workflows.search_attributes import ORGANIZATION, PARTICIPANT, PROGRAM, SEARCH_ATTRIBUTES, STATUS
 from workflows.summaries import summary
 
 logger = logging.getLogger("scrip.temporal")
+
+P = TypeVar("P")
+T = TypeVar("T")
 
 _PAUSE_S = 0.1
 
@@ -137,6 +145,13 @@ class Gateway:
         Raises Refusal for what the contract refuses, and TemporalUnavailable where no answer came within `wait_s`:
         whether the hold was made has then to be asked of the database.
         """
+        return await self._answer(lambda left_s: self._reserve(reservation, left_s), wait_s)
+
+    async def _answer(self, ask: Callable[[float], Awaitable[T]], wait_s: float) -> T:
+        """The answer of an update, asked until there is one: `ask` is told how many seconds are left.
+
+        Raises Refusal for what the update refuses, and TemporalUnavailable where no answer came within `wait_s`.
+        """
         ends_at = time.monotonic() + wait_s
         try:
             async with asyncio.timeout(wait_s):
@@ -146,7 +161,7 @@ class Gateway:
         try:
             while True:
                 try:
-                    return await self._reserve(reservation, max(ends_at - time.monotonic(), _PAUSE_S))
+                    return await ask(max(ends_at - time.monotonic(), _PAUSE_S))
                 except RPCError:
                     # Out of reach, or the run that would have taken it was just ending. Repeating is safe.
                     if time.monotonic() + _PAUSE_S > ends_at:
@@ -186,6 +201,90 @@ class Gateway:
             rpc_timeout=timedelta(seconds=wait_s),
         )
 
+    async def reserve_redemption(self, reservation: two_step.Reservation, wait_s: float) -> two_step.Reserved:
+        """Make a two-step redemption by its workflow, which then carries it.
+
+        Raises Refusal for what the contract refuses, and TemporalUnavailable where no answer came within `wait_s`:
+        whether it was made has then to be asked of the database.
+        """
+        return await self._order_redemption(Redemption.reserve, reservation.carried, reservation, wait_s)
+
+    async def confirm_redemption(
+        self, carried: CarriedRedemption, order: two_step.ConfirmOrder, wait_s: float
+    ) -> two_step.RedemptionState:
+        """Confirm a redemption by its workflow, started anew if need be. Raises as `reserve_redemption`."""
+        return await self._order_redemption(Redemption.confirm, carried, order, wait_s)
+
+    async def cancel_redemption(
+        self, carried: CarriedRedemption, order: two_step.CancelOrder, wait_s: float
+    ) -> two_step.RedemptionState:
+        """Cancel a redemption by its workflow, started anew if need be. Raises as `reserve_redemption`."""
+        return await self._order_redemption(Redemption.cancel, carried, order, wait_s)
+
+    async def reverse_redemption(
+        self, carried: CarriedRedemption, order: two_step.ReverseOrder, wait_s: float
+    ) -> two_step.ReversalDone:
+        """Reverse a two-step redemption by a short run of its workflow. Raises as `reserve_redemption`."""
+        return await self._order_redemption(Redemption.reverse, carried, order, wait_s)
+
+    async def _order_redemption(
+        self, update: UpdateMethodMultiParam[[Redemption, P], T], carried: CarriedRedemption, order: P, wait_s: float
+    ) -> T:
+        async def ask(left_s: float) -> T:
+            client = await self.client()
+            start = WithStartWorkflowOperation(
+                Redemption.run,
+                RedemptionInput(carried.organization_id, carried.id),
+                id=redemption.workflow_id(carried.id),
+                task_queue=queues.LIFECYCLE,
+                id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+                id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+                static_summary=redemption.summary_of(carried.expires_at),
+                search_attributes=await self._attributes_of(client, carried),
+            )
+            return await client.execute_update_with_start_workflow(
+                update,
+                order,
+                start_workflow_operation=start,
+                id=str(uuid4()),
+                rpc_timeout=timedelta(seconds=left_s),
+            )
+
+        return await self._answer(ask, wait_s)
+
+    async def carry_redemption(self, carried: CarriedRedemption) -> bool:
+        """Start the workflow of a redemption that waits to be confirmed; False where it runs already.
+
+        Raises RPCError when Temporal is out of reach.
+        """
+        async with self._open_calls:
+            client = await self.client()
+            try:
+                await client.start_workflow(
+                    Redemption.run,
+                    RedemptionInput(carried.organization_id, carried.id),
+                    id=redemption.workflow_id(carried.id),
+                    task_queue=queues.LIFECYCLE,
+                    id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+                    static_summary=redemption.summary_of(carried.expires_at),
+                    search_attributes=await self._attributes_of(client, carried),
+                    rpc_timeout=self._timeout,
+                )
+            except WorkflowAlreadyStartedError:
+                return False
+        return True
+
+    async def running_redemptions(self, redemption_ids: Collection[UUID]) -> set[UUID]:
+        """Which of these redemptions have a workflow that runs, as far as Temporal's visibility knows.
+
+        Raises RPCError when Temporal is out of reach.
+        """
+        return await self._running([redemption.workflow_id(redemption_id) for redemption_id in redemption_ids])
+
+    async def _attributes_of(self, client: Client, carried: CarriedRedemption) -> TypedSearchAttributes:
+        found = await self._attributes(client, carried.organization_id, carried.program_id, carried.participant_id)
+        return found if not len(found) else found.updated(SearchAttributePair(STATUS, "PENDING"))
+
     async def carry_hold(self, organization_id: UUID, carried: CarriedHold) -> bool:
         """Start the workflow of a hold that exists; False where it runs already.
 
@@ -215,7 +314,10 @@ class Gateway:
 
         Raises RPCError when Temporal is out of reach.
         """
-        ids = ", ".join(f"'{hold.workflow_id(hold_id)}'" for hold_id in hold_ids)
+        return await self._running([hold.workflow_id(hold_id) for hold_id in hold_ids])
+
+    async def _running(self, workflow_ids: Collection[str]) -> set[UUID]:
+        ids = ", ".join(f"'{workflow_id}'" for workflow_id in workflow_ids)
         async with self._open_calls:
             client = await self.client()
             found = client.list_workflows(
@@ -264,6 +366,25 @@ class Gateway:
                 rpc_timeout=self._timeout,
             )
 
+    async def wake_broadcasts(self, organization_id: UUID, program_id: UUID, program_name: str) -> None:
+        """Tell the program's Broadcasts that there may be a new one, starting it if it isn't running.
+
+        To be called once for a batch, not per broadcast. Raises RPCError when Temporal is out of reach.
+        """
+        async with self._open_calls:
+            client = await self.client()
+            await client.start_workflow(
+                Broadcasts.run,
+                BroadcastsInput(organization_id, program_id, program_name),
+                id=broadcasts.workflow_id(program_id),
+                task_queue=queues.LIFECYCLE,
+                start_signal="wake",
+                id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+                static_summary=summary(f"Broadcasts of {program_name}"),
+                search_attributes=await self._attributes(client, organization_id, program_id),
+                rpc_timeout=self._timeout,
+            )
+
     async def is_reachable(self) -> bool:
         """Whether Temporal answers."""
         try:
@@ -297,9 +418,14 @@ class Gateway:
 
 
 def _refusal_of(error: WorkflowUpdateFailedError) -> Refusal | None:
-    """The refusal that a step raised, as `activities.holds.as_application_error` packed it; None for anything else."""
+    """The refusal that a step raised, as `activities.holds.as_application_error` packed it; None for anything else.
+
+    Nor for a step that came too late: it may have been the second attempt of one whose commit had got lost.
+    """
     cause = error.cause
     if not isinstance(cause, ApplicationError) or not cause.non_retryable or cause.type not in STATUS_BY_CODE:
+        return None
+    if cause.type == "service_unavailable":
         return None
     problems = cause.details[0] if cause.details else []
     return Refusal(cause.type, cause.message, [Problem(**problem) for problem in problems])

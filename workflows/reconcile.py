@@ -6,7 +6,7 @@ the same case, and this is what mends it (`scrip reconcile`, every worker's star
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -16,8 +16,10 @@ from temporalio.service import RPCError, RPCStatusCode
 from db.session import Database
 from domain import limits
 from domain.events.drain import lane_of, programs_with_events_due_at
+from domain.fan_outs import programs_with_fan_outs
 from domain.hold_ends import CARRIED, OWN, carried_holds, programs_with_ends
 from domain.ledger.verifications import organizations_after
+from domain.two_step import pending_after
 from workflows.gateway import Gateway
 
 logger = logging.getLogger("scrip.temporal")
@@ -73,6 +75,49 @@ async def reconcile_holds(
     return CarriedHolds(started, woken)
 
 
+async def reconcile_redemptions(
+    database: Database, gateway: Gateway, progress: Callable[[], None] = lambda: None
+) -> int:
+    """Start the workflow of every pending redemption that lacks one; how many.
+
+    Expiries need none of it, as reads and upkeep expire what is overdue; but a pending redemption is confirmed, seen
+    and steered by its workflow. `progress` is called after every page. Raises DatabaseUnavailable, or RPCError when
+    Temporal is out of reach.
+    """
+    started, after = 0, None
+    while page := await pending_after(database, after):
+        running = await gateway.running_redemptions([pending.id for pending in page])
+        missing = [pending for pending in page if pending.id not in running]
+        started += sum(await asyncio.gather(*map(gateway.carry_redemption, missing)))
+        after = page[-1]
+        progress()
+    return started
+
+
+async def reconcile_broadcasts(database: Database, gateway: Gateway) -> int:
+    """Wake Broadcasts of every program that has a fan-out to work on; how many.
+
+    Raises DatabaseUnavailable, or RPCError when Temporal is out of reach.
+    """
+    return await _wake_broadcasts(database, gateway, _END_OF_TIME)
+
+
+async def find_lost_broadcasts(database: Database, gateway: Gateway) -> int:
+    """Wake Broadcasts of the programs whose fan-outs nobody has moved on for ten seconds; how many.
+
+    Not only a lost wake: it is also how those go on that waited for their program to be ACTIVE, or unpaused, again.
+    Raises DatabaseUnavailable, or RPCError when Temporal is out of reach.
+    """
+    return await _wake_broadcasts(database, gateway, database.clock() - timedelta(seconds=limits.LOST_FAN_OUT_S))
+
+
+async def _wake_broadcasts(database: Database, gateway: Gateway, idle_since: datetime) -> int:
+    woken = 0
+    for organization_id, program_id, name in await programs_with_fan_outs(database, idle_since):
+        woken += await _is_woken(program_id, gateway.wake_broadcasts(organization_id, program_id, name))
+    return woken
+
+
 async def _start_holds(
     database: Database, gateway: Gateway, organization_id: UUID, program_id: UUID, progress: Callable[[], None]
 ) -> int:
@@ -103,13 +148,19 @@ async def _wake(database: Database, gateway: Gateway, due_at: datetime) -> int:
         lane = await lane_of(database, organization_id, program_id)
         if lane.is_drained:
             continue
-        try:
-            await gateway.wake_event_processing(organization_id, program_id, lane.program_name)
-        except RPCError as error:
-            if error.status in _OUT_OF_REACH:
-                raise
-            # Temporal answers, it only won't take this one: the programs behind it must not wait for that.
-            logger.error("program %s cannot be woken: %s", program_id, error)
-        else:
-            woken += 1
+        wake = gateway.wake_event_processing(organization_id, program_id, lane.program_name)
+        woken += await _is_woken(program_id, wake)
     return woken
+
+
+async def _is_woken(program_id: UUID, wake: Awaitable[None]) -> bool:
+    """Whether Temporal took it. Raises RPCError when Temporal is out of reach."""
+    try:
+        await wake
+    except RPCError as error:
+        if error.status in _OUT_OF_REACH:
+            raise
+        # Temporal answers, it only won't take this one: the programs behind it must not wait for that.
+        logger.error("program %s cannot be woken: %s", program_id, error)
+        return False
+    return True

@@ -92,10 +92,10 @@ async def load_world(tx: Transaction, program: DictRow, rules: RuleSet, wanted: 
     await _enroll(tx, program_id, joining)
     memberships = await _memberships(tx, participants, groups) if rules.reads_groups else {}
     seen_groups = groups | {m.group.id: m.group for members in memberships.values() for m in members}
-    await _load_state(tx, participants.values(), rules.keys["PARTICIPANT"])
-    await _load_state(tx, seen_groups.values(), rules.keys["GROUP"])
+    await load_state(tx, participants.values(), rules.keys["PARTICIPANT"])
+    await load_state(tx, seen_groups.values(), rules.keys["GROUP"])
     if rules.uses_program_state:
-        await _load_state(tx, programs.values(), rules.keys["PROGRAM"])
+        await load_state(tx, programs.values(), rules.keys["PROGRAM"])
     for holder in (*participants.values(), *seen_groups.values(), *programs.values()):
         holder.open_view(tx.now)
     books, shelves = await _load_books(
@@ -302,7 +302,7 @@ async def _load_books(
     return books, shelves
 
 
-async def _load_state(tx: Transaction, holders: Iterable[Holder], keys: Keys) -> None:
+async def load_state(tx: Transaction, holders: Iterable[Holder], keys: Keys) -> None:
     """Read the tags, and the counters and attributes of these keys that the rules can reach.
 
     Whatever else is stored on a holder costs nothing, however much it is.

@@ -120,8 +120,8 @@ async def create_rule(tx: Transaction, draft: RuleDraft) -> Rule:
     Raises Refusal: 400 for CEL, actions, budgets or a window that are wrong, 404 for an unknown program or asset, 409
     `program_inactive`, `asset_archived` or `conflict` (order taken, program full), 422 `asset_not_linked`.
     """
-    actions = await _compile(draft.condition, draft.actions, draft.budgets)
-    _check_window(draft.active_from, draft.active_to)
+    actions = await compile_parts(draft.condition, draft.actions, draft.budgets)
+    check_window(draft.active_from, draft.active_to)
     await _lock_program(tx, draft.program_id)
     await check_references(tx, draft.program_id, actions)
     limits_read = await read_limits(tx, draft.program_id, draft.budgets)
@@ -222,12 +222,12 @@ async def patch_rule(tx: Transaction, rule_id: UUID, changes: Mapping[str, Any])
     taken), `program_inactive`, `asset_archived`, 422 `asset_not_linked`.
     """
     drafts: Sequence[BudgetDraft] | None = changes.get("budgets")
-    actions = await _compile(changes.get("condition"), changes.get("actions"), drafts or ())
+    actions = await compile_parts(changes.get("condition"), changes.get("actions"), drafts or ())
     rule, budgets = await _lock_for_change(tx, rule_id, with_budgets=drafts is not None)
     before = document(rule, budgets, tx.now)
     for name in changes.keys() & _WRITABLE.keys():
         setattr(rule, _WRITABLE[name], changes[name])
-    _check_window(rule.active_from, rule.active_to)
+    check_window(rule.active_from, rule.active_to)
     await check_references(tx, rule.program_id, actions)
     if drafts is not None:
         budgets = await _replace_budgets(tx, rule, budgets, drafts)
@@ -270,7 +270,7 @@ async def _replace_budgets(
     return budgets
 
 
-async def _compile(
+async def compile_parts(
     condition: str | None, raw_actions: Sequence[Any] | None, budgets: Sequence[BudgetDraft]
 ) -> tuple[Action, ...]:
     """The compiled actions, none where none are given. Raises Refusal naming every field that is wrong by itself.
@@ -301,7 +301,8 @@ def _condition_problems(condition: str) -> list[Problem]:
     return []
 
 
-def _check_window(active_from: datetime | None, active_to: datetime | None) -> None:
+def check_window(active_from: datetime | None, active_to: datetime | None) -> None:
+    """Raise Refusal `bad_request` for a window that ends before it begins. Contract: rules-and-events.md 2.4."""
     if active_from is not None and active_to is not None and active_to <= active_from:
         raise bad_field(
             "active_to",

@@ -12,8 +12,9 @@ from db.session import Database, Transaction
 from domain import timed_holds
 from domain.balances import OperationRequest, OperationResult
 from domain.errors import Refusal
+from domain.ids import keyed_id
 from domain.locks import lock_participants
-from domain.timed_holds import Reservation, Reserved, hold_id_of
+from domain.timed_holds import Reservation, Reserved
 from tests.builders import open_shop
 from tests.conftest import Tenant
 from tests.holdings_support import Desk, HoldSeen
@@ -67,7 +68,7 @@ async def test_a_key_names_the_hold_and_without_one_each_is_its_own(desk: Desk) 
     keyed = [await prepared(desk, idempotency_key="k") for _ in range(2)]
     keyless = [await prepared(desk) for _ in range(2)]
 
-    assert {reservation.hold_id for reservation in keyed} == {hold_id_of(desk.program_id, "k")}
+    assert {reservation.hold_id for reservation in keyed} == {keyed_id(desk.program_id, "hold", "k")}
     assert len({reservation.hold_id for reservation in keyless}) == 2
 
 

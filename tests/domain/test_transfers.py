@@ -728,6 +728,7 @@ async def test_a_page_of_a_long_list_is_read_along_an_index(
     async with database.transaction(tenant.id) as tx:
         # With so few rows the planner may rather sort them all; with more there is only the index that has the order.
         await tx.execute("set local enable_bitmapscan = off")
+        await tx.execute("set local enable_sort = off")
         half_way = await transfers.find(
             tx, TransferFilter(created_to=datetime.fromisoformat("2025-01-01T03:00:00Z")), PageRequest()
         )

@@ -12,19 +12,18 @@ import psycopg
 import pytest
 from temporalio.client import Client, WorkflowExecutionStatus
 
-from api.app import create_app
 from db.session import Database
 from domain import timed_holds
 from domain.hold_ends import CarriedHold
-from domain.ids import new_id
-from domain.timed_holds import hold_id_of
+from domain.ids import keyed_id, new_id
 from settings import Settings
 from tests.api.calls import problem
 from tests.builders import Shop, open_shop
-from tests.conftest import SettableClock, Tenant
+from tests.conftest import Tenant
 from tests.due_support import entries_of, timed_hold
 from tests.holdings_support import Desk, HoldSeen
 from tests.ledger_invariants import assert_ledger_invariants
+from tests.program_support import eventually
 from worker import build_worker
 from workflows import hold, hold_ends, queues
 from workflows.gateway import Gateway, TemporalUnavailable
@@ -48,29 +47,6 @@ def desk(database: Database, organization: Tenant, shop: Shop) -> Desk:
     return Desk.of(database, organization.id, shop)
 
 
-@pytest.fixture
-async def client_of(
-    settings: Settings, database: Database, shared_clock: SettableClock, organization: Tenant
-) -> AsyncIterator[Callable[[Gateway], Awaitable[httpx.AsyncClient]]]:
-    """A client of an API process that waits half a second for Temporal, behind a gateway of its own."""
-    brief = settings.model_copy(update={"temporal_timeout_s": 0.5})
-    opened: list[httpx.AsyncClient] = []
-
-    async def make(gateway: Gateway) -> httpx.AsyncClient:
-        app = create_app(brief, database, shared_clock, gateway)
-        client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app, raise_app_exceptions=False),
-            base_url="http://scrip.test/v1",
-            headers={"Authorization": f"Bearer {organization.api_key}"},
-        )
-        opened.append(client)
-        return client
-
-    yield make
-    for client in opened:
-        await client.aclose()
-
-
 async def post_hold(client: httpx.AsyncClient, shop: Shop, amount: str = "30", **fields: Any) -> httpx.Response:
     body = {
         "program_id": str(shop.program_id),
@@ -86,15 +62,6 @@ async def made(client: httpx.AsyncClient, shop: Shop, amount: str = "30", **fiel
     answer = await post_hold(client, shop, amount, **fields)
     assert answer.status_code == 200, answer.text
     return UUID(answer.json()["hold_id"])
-
-
-async def eventually(seen: Callable[[], Awaitable[bool]]) -> None:
-    """Wait until it is so, for half a minute at most."""
-    for _ in range(600):
-        if await seen():
-            return
-        await asyncio.sleep(0.05)
-    pytest.fail("not within half a minute")
 
 
 @pytest.mark.usefixtures("running_worker")
@@ -365,7 +332,7 @@ async def test_a_call_answered_503_never_reserves_not_even_when_a_worker_comes_b
         patch.setattr(queues, "LIFECYCLE", queue)
         patch.setattr(queues, "LEDGER", f"ledger-of-{queue}")
         async with build_worker(temporal, settings, desk.database.clock, executor):
-            handle = temporal.get_workflow_handle(hold.workflow_id(hold_id_of(shop.program_id, "k")))
+            handle = temporal.get_workflow_handle(hold.workflow_id(keyed_id(shop.program_id, "hold", "k")))
             assert await handle.result() == "NONE"
 
     assert await desk.buckets() == ("100", "0", "0")
@@ -396,5 +363,5 @@ async def test_nothing_runs_for_a_hold_that_was_refused(
 ) -> None:
     await post_hold(client, shop, "100.01", expires_in="1h", idempotency_key="k")
 
-    handle = temporal.get_workflow_handle(hold.workflow_id(hold_id_of(shop.program_id, "k")))
+    handle = temporal.get_workflow_handle(hold.workflow_id(keyed_id(shop.program_id, "hold", "k")))
     assert await handle.result() == "NONE"

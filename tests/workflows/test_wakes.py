@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("running_worker")
 def nothing_left_by_others(owner: psycopg.Connection[Any]) -> None:
     """Lost wakes are looked for in all of the database, where other tests may have left some unprocessed."""
     owner.execute("update event set status = 'COMPLETED' where status in ('RECEIVED', 'PENDING')")
+    owner.execute("update automation set status = 'archived' where status = 'active' and trigger_type = 'one_time'")
 
 
 @pytest.fixture
