@@ -8,7 +8,8 @@ batch once on unlocked reads (the scout pass), only where rules have targets at 
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
 
@@ -17,11 +18,11 @@ from psycopg.rows import DictRow
 from db.session import Database, Transaction
 from domain import automations, faults, limits
 from domain.events.engine import Outcome, apply_event
-from domain.events.loading import Wanted, load_world
+from domain.events.loading import Wanted, crowded_holders, load_world
 from domain.events.retries import RetryPolicy
 from domain.events.world import QueuedEvent, Reference, World
 from domain.events.writing import is_final_failure, write_outcomes, write_world
-from domain.rules.compiled import RuleSet, load_rule_set
+from domain.rules.compiled import RuleSet, known_rule_set, learn_rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +61,36 @@ async def process_batch(
     poison: str | None = None,
     only: UUID | None = None,
     progress: Callable[[], None] = lambda: None,
+    turns: AbstractContextManager[object] | None = None,
 ) -> BatchResult:
     """Process up to `limit` due events of a program in one transaction; zero events when none is due.
 
     With `poison` the events are not applied but end FAILED with that message: it is what happens to the one event of a
     batch that cannot be processed at all. With `only` the batch is that event alone, and nothing when it isn't the next
     one any more: another attempt has taken it, or a wait has ended meanwhile. `progress` is called after each event.
-    Raises what the database raises; then nothing of the batch has happened.
+    `turns` is entered for the transaction. Raises what the database raises; then nothing of the batch has happened.
     """
+    for _ in range(limits.RULE_LOADS):
+        with turns or nullcontext():
+            result = await _process(database, organization_id, program_id, limit, retries, poison, only, progress)
+        if result is not None:
+            return result
+        await learn_rules(database, organization_id, program_id, progress)
+    # Rules that are changed all the time: whoever drains looks again.
+    return BatchResult()
+
+
+async def _process(
+    database: Database,
+    organization_id: UUID,
+    program_id: UUID,
+    limit: int,
+    retries: RetryPolicy,
+    poison: str | None,
+    only: UUID | None,
+    progress: Callable[[], None],
+) -> BatchResult | None:
+    """One batch; None when this process has yet to learn the rules as they are now."""
     async with database.transaction(organization_id) as tx:
         await _take_lane(tx, program_id)
         program = await _program(tx, program_id)
@@ -81,7 +104,9 @@ async def process_batch(
         if poison is not None:
             await write_outcomes(tx, [Outcome(event, "FAILED", error=poison) for event in events], retries)
             return BatchResult(len(events), failed=len(events))
-        rules = await load_rule_set(tx, program_id, program["rules_version"])
+        rules = known_rule_set(organization_id, program_id, program["rules_version"])
+        if rules is None:
+            return None
         world, outcomes = await _apply(tx, program, rules, events, progress)
         await faults.reach("batch.applied")
         await write_world(tx, world, outcomes, retries)
@@ -164,7 +189,9 @@ async def outlook(database: Database, organization_id: UUID, program_id: UUID) -
             return Outlook(None, is_paused=program is not None)
         row = await (await tx.execute(_NEXT_DUE, (organization_id, program_id) * 2)).fetchone()
         assert row is not None
-        waiting = [instant for instant in (row[1], await automations.next_trigger(tx, program_id)) if instant is not None]
+        waiting = [
+            instant for instant in (row[1], await automations.next_trigger(tx, program_id)) if instant is not None
+        ]
         return Outlook(tx.now if row[0] else min(waiting, default=None), is_paused=False)
 
 
@@ -186,19 +213,19 @@ attempts, request_id
 # is theirs, so that neither kind can starve the other.
 _DUE = f"""
 select * from (
-    select {_EVENT_COLUMNS} from event
+    select {_EVENT_COLUMNS}, due_at, seq from event
     where organization_id = %(organization_id)s and program_id = %(program_id)s
       and status in ('RECEIVED', 'PENDING') and due_at is not null and due_at <= %(now)s
     order by due_at, seq limit greatest(%(limit)s / 4, 1)
 ) waited
 union all
 select * from (
-    select {_EVENT_COLUMNS} from event
+    select {_EVENT_COLUMNS}, due_at, seq from event
     where organization_id = %(organization_id)s and program_id = %(program_id)s
       and status in ('RECEIVED', 'PENDING') and due_at is null
     order by seq limit %(limit)s
 ) fresh
-limit %(limit)s
+order by due_at, seq limit %(limit)s
 """
 
 
@@ -223,7 +250,7 @@ async def _program(tx: Transaction, program_id: UUID) -> DictRow | None:
 
 async def _due_events(tx: Transaction, program_id: UUID, limit: int) -> list[QueuedEvent]:
     params = {"organization_id": tx.organization_id, "program_id": program_id, "now": tx.now, "limit": limit}
-    return [QueuedEvent(*row) for row in await (await tx.execute(_DUE, params)).fetchall()]
+    return [QueuedEvent(*row[:-2]) for row in await (await tx.execute(_DUE, params)).fetchall()]
 
 
 # --- applying --------------------------------------------------------------------------------------------------------
@@ -248,8 +275,11 @@ async def _apply(
         world = await load_world(tx, program, rules, wanted, locked=not scouting)
         outcomes = await _apply_in_order(world, rules, events, tx.now, progress)
         wanted = wanted.grown(world)
-        if not world.unmet() and not scouting and not _created_in_vain(world, wanted.references):
-            return world, [outcome for outcome in outcomes if outcome is not None]
+        if not (world.unmet() or scouting or world.is_stale or _created_in_vain(world, wanted.references)):
+            crowded = await crowded_holders(tx, world)
+            if not crowded:
+                return world, [outcome for outcome in outcomes if outcome is not None]
+            wanted = replace(wanted, crowded=wanted.crowded | crowded)
         # Rolling back to the savepoint lets go of the locks, so that another set can be locked in order.
         await tx.execute("rollback to savepoint batch")
         scouting = scouting and bool(world.missing)
@@ -259,14 +289,17 @@ async def _apply(
 async def _apply_in_order(
     world: World, rules: RuleSet, events: Sequence[QueuedEvent], now: datetime, progress: Callable[[], None]
 ) -> list[Outcome | None]:
-    """Apply the events one after another; slow ones cut the batch short, and what is left waits for the next."""
+    """Apply the events one after another; slow or busy ones cut the batch short, and the rest waits for the next."""
     outcomes: list[Outcome | None] = []
     ends_at = time.monotonic() + limits.BATCH_CUT_MS / 1000
+    actions = 0
     for event in events:
-        if outcomes and time.monotonic() > ends_at:
+        if outcomes and (time.monotonic() > ends_at or actions > limits.BATCH_ACTIONS):
             break
         await faults.reach("event.applying", event.external_id)
-        outcomes.append(apply_event(world, rules, event, now))
+        outcome = apply_event(world, rules, event, now)
+        outcomes.append(outcome)
+        actions += outcome.actions if outcome is not None else 0
         progress()
     return outcomes
 

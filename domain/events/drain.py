@@ -132,7 +132,8 @@ class _Queue:
             except Exception as error:
                 # Something about these events themselves: halve until it is one event that can be told apart.
                 logger.warning("a batch of %d events failed, halving it: %s", limit, error)
-                limit //= 2
+                # The next batch begins as small, too, and batches grow again from there.
+                self._limit = limit = max(limit // 2, 1)
                 if limit <= 1:
                     return await self._process_cautiously()
                 continue
@@ -173,17 +174,17 @@ class _Queue:
         return self._count(await self._batch(1, poison=cause, only=event_id))
 
     async def _batch(self, limit: int, *, poison: str | None = None, only: UUID | None = None) -> BatchResult:
-        with self._turns:
-            return await process_batch(
-                self._database,
-                self._organization_id,
-                self._program_id,
-                limit,
-                self._retries,
-                poison,
-                only,
-                self._beat,
-            )
+        return await process_batch(
+            self._database,
+            self._organization_id,
+            self._program_id,
+            limit,
+            self._retries,
+            poison,
+            only,
+            self._beat,
+            self._turns,
+        )
 
     def _beat(self) -> None:
         """Tell that the drain is alive, a batch of slow events included: once a second, as telling costs too."""

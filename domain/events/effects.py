@@ -1,12 +1,12 @@
 """What each type of action does to the world. Contract: rules-and-events.md 5, holders.md 6.
 
-An effect is all or nothing only together with its event: whoever runs it undoes the world when it raises. One that would
-have to reach for what isn't loaded notes that in the world and does nothing, so that the pass goes on and learns what
-else the event reaches for; the event is then applied again.
+An effect is all or nothing only together with its event: whoever runs it undoes the world when it raises. One that
+would have to reach for what isn't loaded notes that in the world and does nothing, so that the pass goes on and learns
+what else the event reaches for; the event is then applied again.
 """
 
 import decimal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -21,7 +21,7 @@ from domain.events.state import Holder
 from domain.events.world import AssetTerms, QueuedEvent, World
 from domain.ids import new_id
 from domain.ledger import movements
-from domain.ledger.books import Account, Entry
+from domain.ledger.books import Account, Entry, require
 from domain.ledger.holds import Hold
 from domain.ledger.lots import Part, Selection, total
 from domain.ledger.movements import Cause, HolderType, HoldTerms, Position
@@ -69,6 +69,8 @@ def perform(call: Call) -> Result | None:
 
     Raises ActionFailed.
     """
+    if call.holder is not None and call.holder.is_phantom:
+        return {}  # whoever this is has yet to be loaded
     try:
         _require_open(call)
         return _EFFECTS[call.action.type](call)
@@ -96,7 +98,7 @@ def _require_open(call: Call) -> None:
 def _credit(call: Call) -> Result | None:
     asset, amount = _asset(call), _amount(call)
     reference_id = results.reference(call.action, call.activation)
-    if amount == ZERO or _holder(call).is_phantom:
+    if amount == ZERO:
         return _moved(call, asset, amount)
     if call.action.bucket == "HELD":
         return _credit_held(call, asset, amount, reference_id)
@@ -170,21 +172,20 @@ def _settle(call: Call, asset: AssetTerms, amount: Decimal, reference_id: str) -
 def _debit(call: Call) -> Result:
     asset, amount = _asset(call), _amount(call)
     reference_id = results.reference(call.action, call.activation)
-    if amount == ZERO or _holder(call).is_phantom:
+    if amount == ZERO:
         return _moved(call, asset, amount)
     position, cause, books = _position(call, asset), _cause(call, reference_id), call.world.books
     if call.action.bucket == "HELD":
-        if not _reaches_held(call, asset, amount, position.select("HELD", call.now)):
+        selection = position.select("HELD", call.now, reference_id=reference_id)
+        if not _reaches_held(call, asset, amount, selection):
             return _moved(call, asset, amount)
-        return _moved(call, asset, amount, movements.debit_held(books, position, cause, amount))
+        return _moved(call, asset, amount, movements.debit_held(books, position, cause, amount, selection))
     is_overdraft = call.action.allow_negative
-    if asset.has_lots:
-        parts = _take(call, position.select("AVAILABLE", call.now), amount)
-        # Below zero every lot goes, the expired ones by their own entries: then all of them must be here.
-        if parts is not None and is_overdraft and total(parts) < amount:
-            parts = _take(call, position.select("AVAILABLE", call.now), None)
-        if parts is None:
-            return _moved(call, asset, amount)
+    if not is_overdraft:
+        require(position.account(books, "AVAILABLE").balance, amount)
+    # Where lots fall short all of them have been read: below zero every one goes, expired ones by their own entries.
+    if asset.has_lots and _take(call, position.select("AVAILABLE", call.now), amount) is None:
+        return _moved(call, asset, amount)
     entry = movements.debit(books, position, cause, amount, allow_negative=is_overdraft)
     return _moved(call, asset, amount, entry)
 
@@ -193,9 +194,10 @@ def _hold(call: Call) -> Result:
     asset, amount = _asset(call), _amount(call)
     reference_id = results.reference(call.action, call.activation)
     terms = _hold_terms(call)
-    if amount == ZERO or _holder(call).is_phantom:
+    if amount == ZERO:
         return _moved(call, asset, amount)
     position = _position(call, asset)
+    require(position.account(call.world.books, "AVAILABLE").balance, amount)
     selection = position.select("AVAILABLE", call.now)
     if asset.has_lots and _take(call, selection, amount) is None:
         return _moved(call, asset, amount)
@@ -206,7 +208,7 @@ def _hold(call: Call) -> Result:
 def _release(call: Call) -> Result:
     asset, amount = _asset(call), _amount_or_all(call)
     reference_id = results.reference(call.action, call.activation)
-    if amount == ZERO or _holder(call).is_phantom:
+    if amount == ZERO:
         return _moved(call, asset, ZERO)
     position = _position(call, asset)
     selection = position.select("HELD", call.now, reference_id=reference_id)
@@ -219,7 +221,7 @@ def _release(call: Call) -> Result:
 def _forfeit(call: Call) -> Result:
     asset, amount = _asset(call), _amount_or_all(call)
     reference_id = results.reference(call.action, call.activation)
-    if amount == ZERO or _holder(call).is_phantom:
+    if amount == ZERO:
         return _moved(call, asset, ZERO)
     position, cause, books = _position(call, asset), _cause(call, reference_id), call.world.books
     selection = position.select(_bucket(call), call.now, reference_id=reference_id)
@@ -228,6 +230,7 @@ def _forfeit(call: Call) -> Result:
             return _moved(call, asset, ZERO)
         entry, _ = movements.forfeit_held(books, position, cause, amount, selection)
     else:
+        require(position.account(books, "AVAILABLE").balance, amount or ZERO)
         if asset.has_lots and _take(call, selection, amount) is None:
             return _moved(call, asset, ZERO)
         entry, _ = movements.forfeit(books, position, cause, amount, selection)
@@ -238,8 +241,6 @@ def _void_hold(call: Call) -> Result:
     """Take provisional value back; nothing under the reference is a no-op. Contract: rules-and-events.md 5.9."""
     asset = _asset(call)
     reference_id = results.reference(call.action, call.activation)
-    if _holder(call).is_phantom:
-        return _moved(call, asset, ZERO)
     position = _position(call, asset)
     selection = position.select("HELD", call.now, reference_id=reference_id, only_provisional=True)
     parts = _take(call, selection, None)
@@ -387,6 +388,8 @@ def _shown(reference_id: str | None) -> Result:
 
 def _tag(call: Call) -> Result:
     assert call.action.tag is not None
+    if len(_holder(call).tags) >= limits.STATE_KEYS and call.action.tag not in _holder(call).tags:
+        raise ActionFailed(f"more than {limits.STATE_KEYS} tags")
     call.world.state.tag(_holder(call), call.action.tag, call.event.id, call.rule.id)
     return {"type": call.action.type, "tag": call.action.tag, "target": _target(call)}
 
@@ -400,6 +403,7 @@ def _untag(call: Call) -> Result:
 def _counter(call: Call) -> Result:
     action = call.action
     assert action.key is not None
+    _require_room(call, "counter", _holder(call).counters)
     amount = results.increment(action, call.activation)
     try:
         value = call.world.state.add_to_counter(
@@ -420,9 +424,22 @@ def _counter(call: Call) -> Result:
 
 def _set_attribute(call: Call) -> Result:
     assert call.action.key is not None
+    _require_room(call, "attribute", _holder(call).attributes)
     value = results.attribute(call.action, call.activation)
     call.world.state.set_attribute(_holder(call), call.action.key, value, call.event.id, call.rule.id)
     return {"type": call.action.type, "key": call.action.key, "value": value, "target": _target(call)}
+
+
+def _require_room(call: Call, kind: Literal["counter", "attribute"], values: Mapping[str, Any]) -> None:
+    """Whether the holder may get a further counter or attribute. Contract: holders.md 5."""
+    holder = _holder(call)
+    room = call.world.crowded.get((holder.id, kind))
+    if room is None or call.action.key in values:
+        return
+    changes = call.world.state.changes
+    added = sum(change.holder is holder and change.state_type == kind and change.old is None for change in changes)
+    if added >= room:
+        raise ActionFailed(f"more than {limits.STATE_KEYS} {kind}s")
 
 
 # --- further events --------------------------------------------------------------------------------------------------

@@ -22,11 +22,12 @@ from domain.rules.compiled import Action, CompiledRule, RuleSet, Target
 from domain.rules.fields import parse_uuid
 
 _NEEDS_NOBODY = frozenset({"SCHEDULE_EVENT", "BROADCAST"})
+_MADE = ("journal_entry_id", "hold_id", "automation_id")
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one attempt: its verdict, and the evaluation records as they are stored."""
+    """What became of one attempt: its verdict, and the evaluation records as they are stored; how many actions ran."""
 
     event: QueuedEvent
     verdict: Literal["COMPLETED", "FAILED", "RETRY"]
@@ -35,6 +36,7 @@ class Outcome:
     error: str | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     matched: list[UUID] = field(default_factory=list)
+    actions: int = 0
 
 
 def apply_event(world: World, rules: RuleSet, event: QueuedEvent, now: datetime) -> Outcome | None:
@@ -45,13 +47,23 @@ def apply_event(world: World, rules: RuleSet, event: QueuedEvent, now: datetime)
     """
     mark, unmet = world.mark(), world.unmet()
     outcome = _Evaluation(world, rules, event, now).run()
-    if outcome.verdict != "COMPLETED" or world.unmet() > unmet:
-        is_incomplete = world.unmet() > unmet
+    if world.unmet() > unmet:
         world.undo(mark)
-        return None if is_incomplete else outcome
-    for change in world.state.since(mark.state):
-        change.holder.show(change, now)
+        return None
+    if outcome.verdict != "COMPLETED":
+        world.undo(mark)
+        _forget_effects(outcome)
+        return outcome
+    world.state.show(mark.state, now)
     return outcome
+
+
+def _forget_effects(outcome: Outcome) -> None:
+    """The records of a failed attempt stay, but what they named has never come to be."""
+    for record in outcome.evaluations:
+        for result in record.get("actions", ()):
+            for name in _MADE:
+                result.pop(name, None)
 
 
 class _Evaluation:
@@ -63,7 +75,9 @@ class _Evaluation:
         self.event = event
         self.now = now
         self.now_text = format_timestamp(now)
-        self.ends_at = time.monotonic() + limits.EVENT_MS / 1000
+        self.unmet = world.unmet()
+        # Computing time of this thread: a worker that stands still for a while must not change what anybody gets.
+        self.ends_at = time.thread_time() + limits.EVENT_MS / 1000
 
     def run(self) -> Outcome:
         event = self.event
@@ -77,6 +91,11 @@ class _Evaluation:
             outcome.recipient_id = self.recipient.id
         self.activation = self._activation()
         for rule in self.rules.candidates(event.data.get("type")):
+            if time.thread_time() > self.ends_at:
+                # A thousand slow rules, each within its own limit, must not hold up everybody else's events. What the
+                # rest of them would have done is unknown, so nothing is done at all.
+                outcome.verdict, outcome.error = "FAILED", f"the rules compute for longer than {limits.EVENT_MS} ms"
+                break
             matched = self._apply_rule(rule, outcome)
             if outcome.verdict != "COMPLETED" or (matched and rule.stop_after_match):
                 break
@@ -131,10 +150,6 @@ class _Evaluation:
         if not rule.is_open(self.now):
             outcome.evaluations.append(self._record(rule, "SKIPPED", reason="OUTSIDE_TIME_WINDOW"))
             return False
-        if time.monotonic() > self.ends_at:
-            # A thousand slow rules, each within its own limit, must not hold up everybody else's events.
-            outcome.evaluations.append(self._record(rule, "SKIPPED_TIMEOUT", error_message="the event took too long"))
-            return False
         try:
             if not evaluate_condition(rule.condition, self.activation):
                 return False
@@ -153,9 +168,13 @@ class _Evaluation:
         ran: list[dict[str, Any]] = []
         for action in rule.actions:
             try:
+                self._count_action(outcome)
                 holder = self._target(action)
                 result = perform(Call(self.world, self.event, rule, action, holder, self.activation, self.now))
             except ActionFailed as failure:
+                if self.world.unmet() > self.unmet:
+                    # It may have failed for want of what isn't loaded. The pass goes on, to learn what else is wanted.
+                    continue
                 cause = f"action {action.type} failed: {failure}"
                 outcome.verdict = "RETRY" if failure.curable else "FAILED"
                 outcome.error = cause
@@ -168,6 +187,11 @@ class _Evaluation:
         else:
             record = self._record(rule, "SUCCESS", actions=ran)
         outcome.evaluations.append(record)
+
+    def _count_action(self, outcome: Outcome) -> None:
+        outcome.actions += 1
+        if outcome.actions > limits.ACTIONS_PER_EVENT:
+            raise ActionFailed(f"more than {limits.ACTIONS_PER_EVENT} actions for one event")
 
     def _record(self, rule: CompiledRule, status: str, **more: Any) -> dict[str, Any]:
         return {

@@ -17,7 +17,7 @@ from db import json
 from db.session import Transaction
 from domain import faults, limits
 from domain.events.state import CounterState, Holder
-from domain.events.world import AssetTerms, Membership, QueuedEvent, Reference, World
+from domain.events.world import AssetTerms, Crowd, Membership, QueuedEvent, Reference, World
 from domain.ids import new_id
 from domain.ledger import journal
 from domain.ledger.books import Books
@@ -31,12 +31,14 @@ from domain.rules.compiled import Keys, RuleSet
 class Wanted:
     """What to load. `members` are the participants and recipients of the events, who become members of the program.
 
-    `shelves` are the ones that are to be read beyond their beginning, and how far.
+    `shelves` are the ones that are to be read beyond their beginning, and how far. `crowded` are holders found to get
+    more counters or attributes than they may, and how many they may still get.
     """
 
     members: frozenset[Reference]
     references: frozenset[Reference]
     shelves: dict[Shelf, Decimal | None] = field(default_factory=dict)
+    crowded: dict[Crowd, int] = field(default_factory=dict)
 
     @classmethod
     def by(cls, events: Iterable[QueuedEvent]) -> "Wanted":
@@ -50,7 +52,7 @@ class Wanted:
         for shelf, amount in world.shelves.wanted().items():
             before = shelves.get(shelf, Decimal(0))
             shelves[shelf] = None if amount is None or before is None else max(amount, before)
-        return Wanted(self.members, self.members | world.reached, shelves)
+        return Wanted(self.members, self.members | world.reached, shelves, self.crowded)
 
 
 def _members(event: QueuedEvent) -> Iterable[Reference]:
@@ -69,11 +71,12 @@ async def load_world(tx: Transaction, program: DictRow, rules: RuleSet, wanted: 
     program_id: UUID = program["id"]
     ids = {r.id for r in wanted.references if r.id is not None and r.kind == "PARTICIPANT"}
     external_ids = [r.external_id for r in wanted.references if r.external_id is not None]
+    resolved: dict[str, UUID] = {}
     created: set[UUID] = set()
     if external_ids:
         creates_unknown = program["on_unknown_participant"] == "CREATE"
-        found, created = await _resolve_external_ids(tx, external_ids, create=creates_unknown)
-        ids |= found | created
+        resolved, created = await _resolve_external_ids(tx, external_ids, create=creates_unknown)
+        ids |= set(resolved.values())
     assets = await _asset_terms(tx, program_id, rules.asset_ids)
     has_wallets = any(asset.is_prefunded for asset in assets.values())
 
@@ -114,6 +117,8 @@ async def load_world(tx: Transaction, program: DictRow, rules: RuleSet, wanted: 
         shelves=shelves,
         budgets=budgets,
         created=created,
+        is_stale=any(participants[id].external_id != external_id for external_id, id in resolved.items()),
+        crowded=wanted.crowded,
     )
 
 
@@ -136,19 +141,20 @@ on conflict (organization_id, external_id) do nothing
 
 async def _resolve_external_ids(
     tx: Transaction, external_ids: Sequence[str], *, create: bool
-) -> tuple[set[UUID], set[UUID]]:
-    """The ids behind these external ids, known ones and new ones: unknown ones are created where the policy says so.
+) -> tuple[dict[str, UUID], set[UUID]]:
+    """The ids behind these external ids, and which of them are new: unknown ones are created where the policy says so.
 
     Creation comes before any participant is locked: whoever waits here for another's insert holds nothing yet.
     """
-    found = dict(await _external_ids(tx, external_ids))
+    found: dict[str, UUID] = dict(await _external_ids(tx, external_ids))
     unknown = sorted(set(external_ids) - set(found))
     if not unknown or not create:
-        return set(found.values()), set()
+        return found, set()
     rows = json.parameter([{"id": new_id(), "external_id": external_id} for external_id in unknown])
     await tx.execute(_CREATE, {"organization_id": tx.organization_id, "now": tx.now, "rows": rows})
     # A statement of its own: one that somebody else created meanwhile is visible only now.
-    return set(found.values()), {participant_id for _, participant_id in await _external_ids(tx, unknown)}
+    made: dict[str, UUID] = dict(await _external_ids(tx, unknown))
+    return found | made, set(made.values())
 
 
 async def _external_ids(tx: Transaction, external_ids: Sequence[str]) -> list[Any]:
@@ -178,7 +184,8 @@ async def _groups(tx: Transaction, ids: Sequence[UUID], *, locked: bool) -> dict
         (tx.organization_id, list(ids)),
     )
     return {
-        group_id: Holder("GROUP", group_id, status=status, name=name) for group_id, status, name in await rows.fetchall()
+        group_id: Holder("GROUP", group_id, status=status, name=name)
+        for group_id, status, name in await rows.fetchall()
     }
 
 
@@ -303,7 +310,7 @@ async def _load_books(
 
 
 async def load_state(tx: Transaction, holders: Iterable[Holder], keys: Keys) -> None:
-    """Read the tags, and the counters and attributes of these keys that the rules can reach.
+    """Read the tags, counters and attributes that the rules can reach.
 
     Whatever else is stored on a holder costs nothing, however much it is.
     """
@@ -311,11 +318,12 @@ async def load_state(tx: Transaction, holders: Iterable[Holder], keys: Keys) -> 
     if not by_id:
         return
     scope = (tx.organization_id, list(by_id))
-    cursor = await tx.execute(
-        "select entity_id, tag from tag where organization_id = %s and entity_id = any(%s)", scope
-    )
-    for entity_id, tag in await cursor.fetchall():
-        by_id[entity_id].tags.add(tag)
+    if keys.tags:
+        cursor = await tx.execute(
+            "select entity_id, tag from tag where organization_id = %s and entity_id = any(%s)", scope
+        )
+        for entity_id, tag in await cursor.fetchall():
+            by_id[entity_id].tags.add(tag)
     if keys.counters is None or keys.counters:
         cursor = await tx.execute(*_keyed(_COUNTERS, scope, keys.counters))
         for entity_id, key, *stored in await cursor.fetchall():
@@ -340,3 +348,32 @@ def _keyed(
 ) -> tuple[LiteralString, tuple[Any, ...]]:
     """`query` narrowed to these keys by a condition of its own, which the primary key can serve; None for all."""
     return (query, scope) if keys is None else (query + " and key = any(%s)", (*scope, list(keys)))
+
+
+_CROWDED: dict[str, LiteralString] = {
+    kind: f"""
+        select a.id, greatest(%(most)s - k.kept, 0) from unnest(%(ids)s::uuid[], %(added)s::int[]) as a (id, added)
+        cross join lateral (
+            select count(*) as kept from {kind} where organization_id = %(organization_id)s and entity_id = a.id
+        ) k
+        where k.kept + a.added > %(most)s"""
+    for kind in ("counter", "attribute")
+}
+
+
+async def crowded_holders(tx: Transaction, world: World) -> dict[Crowd, int]:
+    """The holders that would get more counters or attributes than they may, and how many they may. holders.md 5.
+
+    Rules read only the keys that they can reach, so how many there are is asked when events have made a new one.
+    """
+    crowded: dict[Crowd, int] = {}
+    for kind, query in _CROWDED.items():
+        added: dict[UUID, int] = {}
+        for change in world.state.changes:
+            if change.state_type == kind and change.old is None and (change.holder.id, kind) not in world.crowded:
+                added[change.holder.id] = added.get(change.holder.id, 0) + 1
+        if added:
+            params = {"ids": list(added), "added": list(added.values()), "most": limits.STATE_KEYS}
+            rows = await tx.execute(query, params | {"organization_id": tx.organization_id})
+            crowded |= {(holder_id, kind): room for holder_id, room in await rows.fetchall()}
+    return crowded

@@ -6,7 +6,6 @@ Actions change the stored state at once, yet an event's expressions see the stat
 journal, the source of the state history, and what is written at the end. Contract: rules-and-events.md 4, holders.md 5.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -91,19 +90,19 @@ class Holder:
         for key in self._windowed:
             self.view["counters"][key] = self.counters[key].effective(now)
 
-    def show(self, change: Change, now: datetime) -> None:
-        """Bring the view up to date with one change that holds."""
-        if change.state_type == "tag":
+    def show(self, state_type: StateType, key: str, now: datetime) -> None:
+        """Bring the view up to date with what is stored under this key; of tags with all of them."""
+        if state_type == "tag":
             self.view["tags"] = sorted(self.tags)
-        elif change.state_type == "attribute":
-            self.view["attributes"][change.key] = self.attributes[change.key]
+        elif state_type == "attribute":
+            self.view["attributes"][key] = self.attributes[key]
         else:
-            counter = self.counters[change.key]
-            self.view["counters"][change.key] = counter.effective(now)
+            counter = self.counters[key]
+            self.view["counters"][key] = counter.effective(now)
             if counter.reset_after is None:
-                self._windowed.discard(change.key)
+                self._windowed.discard(key)
             else:
-                self._windowed.add(change.key)
+                self._windowed.add(key)
 
 
 @dataclass(slots=True)
@@ -122,9 +121,11 @@ class StateJournal:
             change = self.changes.pop()
             _store(change.holder, change.state_type, change.key, change.old)
 
-    def since(self, mark: int) -> Iterable[Change]:
-        """The changes made since `mark`."""
-        return self.changes[mark:]
+    def show(self, mark: int, now: datetime) -> None:
+        """Let expressions see the changes made since `mark`: what was changed often is brought up to date once."""
+        changed = {(c.holder, c.state_type, "" if c.state_type == "tag" else c.key) for c in self.changes[mark:]}
+        for holder, state_type, key in changed:
+            holder.show(state_type, key, now)
 
     def tag(self, holder: Holder, tag: str, event_id: UUID, rule_id: UUID) -> None:
         """Add a tag; one that is there already is left alone. Contract: rules-and-events.md 5.10."""

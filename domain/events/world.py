@@ -1,8 +1,8 @@
 """Everything that the events of a batch may read and write, in memory.
 
-Loaded under the locks of everybody in it (domain/events/loading.py), changed by what events do (domain/events/effects.py),
-written in bulk at the end (domain/events/writing.py). What an event reaches for beyond it is noted, so that the batch can
-be applied again to a larger world; what an event that fails has done is undone to the last trace.
+Loaded under the locks of everybody in it (loading.py), changed by what events do (effects.py), written in bulk at the
+end (writing.py). What an event reaches for beyond it is noted, so that the batch can be applied again to a larger
+world; what an event that fails has done is undone to the last trace.
 """
 
 from dataclasses import dataclass, field
@@ -69,6 +69,10 @@ class Membership(NamedTuple):
     role: str
 
 
+Crowd = tuple[UUID, str]
+"""A holder, and what it has too many of: `counter` or `attribute`."""
+
+
 class Mark(NamedTuple):
     """A point to which a world can go back."""
 
@@ -82,8 +86,10 @@ class Mark(NamedTuple):
 class World:
     """Everything loaded for a batch.
 
-    `known` are the references that were looked up, found or not; `missing` those that events reached for beyond them;
-    `reached` all that events reached for. `created` are the participants that were made for this batch.
+    `known` are the references that were looked up, found or not; `missing` those that events reached for beyond them,
+    `misses` times; `reached` all that events reached for. `created` are the participants that were made for this batch.
+    `is_stale`: somebody was renamed while locks were waited for, so this is not whom the events name. `crowded` are the
+    holders that may get only so many further counters or attributes.
     """
 
     program: Holder
@@ -100,7 +106,10 @@ class World:
     state: StateJournal = field(default_factory=StateJournal)
     automations: list[NewAutomation] = field(default_factory=list)
     created: set[UUID] = field(default_factory=set)
+    is_stale: bool = False
+    crowded: dict[Crowd, int] = field(default_factory=dict)
     missing: set[Reference] = field(default_factory=set)
+    misses: int = 0
     reached: set[Reference] = field(default_factory=set)
 
     def find(self, reference: Reference) -> Holder | None:
@@ -113,6 +122,7 @@ class World:
         found = self._loaded(reference)
         if found is None and reference not in self.known:
             self.missing.add(reference)
+            self.misses += 1
             phantom = Holder(reference.kind, reference.id or new_id(), reference.external_id, is_phantom=True)
             phantom.open_view(EPOCH)
             return phantom
@@ -136,8 +146,8 @@ class World:
         return self.books.account("PROGRAM", program_id, asset_id, "AVAILABLE")
 
     def unmet(self) -> int:
-        """How much events have reached for that isn't loaded; 0 means that what they did is what they do."""
-        return len(self.missing) + len(self.shelves.short)
+        """How often events have reached for what isn't loaded; 0 means that what they did is what they do."""
+        return self.misses + self.shelves.misses
 
     def mark(self) -> Mark:
         """A point to which `undo` can go back."""

@@ -1,7 +1,7 @@
 """Writing what a batch of events has done, in bulk: one statement per kind of row, whatever the number of events.
 
-Events get their outcome, state its last values and every change of it a row of history, budgets what is used up of them,
-and at the end the ledger its entries, sealed together with the commit. Contract: rules-and-events.md 4.5, 7.6.
+Events get their outcome, state its last values and every change of it a row of history, budgets what is used up of
+them, and at the end the ledger its entries, sealed together with the commit. Contract: rules-and-events.md 4.5, 7.6.
 """
 
 from collections.abc import Sequence

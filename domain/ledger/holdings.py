@@ -47,11 +47,10 @@ async def load_lots(
 ) -> tuple[datetime, UUID] | None:
     """Bring the lots that match into `lots`, FIFO, until they make `amount`; None brings all of them.
 
-    With `counted` only what matches that, too, counts towards the amount. Where it stopped, as (created_at, id) of the last one; None when no further ones match.
-
-    What counts is what remains of them in `lots`: something that was done in this transaction is not in the table yet.
-    Lots that were made in it don't count, as older ones may still have to be loaded. The caller holds the holder's
-    lock.
+    With `counted` only what matches that, too, counts towards the amount. What counts is what remains of them in
+    `lots`: something that was done in this transaction is not in the table yet. Lots that were made in it don't count,
+    as older ones may still have to be loaded. The caller holds the holder's lock. The result is where it stopped, as
+    (created_at, id) of the last one; None when no further ones match.
     """
     params: dict[str, Any] = {
         name: list(value) if name == "lot_ids" else value
@@ -122,7 +121,7 @@ async def load_oldest_holds(
 ) -> tuple[datetime, UUID] | None:
     """Bring the holder's active holds of an asset into `holds`, the oldest first, until they make `amount`.
 
-    Where it stopped, as with lots. As with them, what counts is what remains of them in `holds`.
+    As with lots, what counts is what remains of them in `holds`, and the result is where it stopped.
     """
     query = f"""
         select {HOLD_COLUMNS} from hold

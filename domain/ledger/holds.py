@@ -131,8 +131,7 @@ class HoldBook:
             (
                 hold
                 for hold in self._of.get((entity_id, asset_id), ())
-                if hold.status == "ACTIVE"
-                and (hold.id == only if only is not None else hold.kind != "REDEMPTION")
+                if hold.status == "ACTIVE" and (hold.id == only if only is not None else hold.kind != "REDEMPTION")
             ),
             key=lambda hold: (hold.created_at, hold.id),
         )

@@ -4,7 +4,7 @@ Pure functions over `Books` that hold what the operation needs: the accounts of 
 that it may take. Callers have passed the gates; what is short is refused here, before anything is posted.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
@@ -17,6 +17,7 @@ from domain.ledger.books import Account, ActionType, Books, Bucket, Entry, requi
 from domain.ledger.holds import Hold, HoldCarrier, HoldStatus, by_hold
 from domain.ledger.lots import Lot, Part, Selection, overdraft_repaid, total
 from domain.money import EXACT, ZERO
+from domain.money import total as sum_of
 
 HolderType = Literal["PARTICIPANT", "GROUP"]
 
@@ -138,9 +139,14 @@ def debit(books: Books, position: Position, cause: Cause, amount: Decimal, *, al
     return entry
 
 
-def debit_held(books: Books, position: Position, cause: Cause, amount: Decimal) -> Entry:
-    """Debit HELD into SYSTEM_BREAKAGE; the holds it uses up are SETTLED. Raises Refusal `insufficient_balance`."""
-    entry, _ = _take_held(books, position, cause, "DEBIT", amount, "SETTLED")
+def debit_held(
+    books: Books, position: Position, cause: Cause, amount: Decimal, selection: Selection | None = None
+) -> Entry:
+    """Debit HELD into SYSTEM_BREAKAGE, of the selected lots (None: any); the holds it uses up are SETTLED.
+
+    Raises Refusal `insufficient_balance`.
+    """
+    entry, _ = _take_held(books, position, cause, "DEBIT", amount, "SETTLED", selection=selection)
     return entry
 
 
@@ -188,7 +194,7 @@ def release(
         taken, released = by_hold(parts), total(parts)
     else:
         taken = books.holds.take_oldest(position.holder_id, position.asset_id, amount, only=only)
-        released = _sum(taken.values())
+        released = sum_of(taken.values())
         require(released, amount or ZERO)
     if released == ZERO:
         raise Refusal("insufficient_balance", "nothing is held that matches")
@@ -241,7 +247,7 @@ def transfer(books: Books, source: Position, cause: Cause, shares: Sequence[tupl
     The source is none of the recipients; one of these may come more than once. Lots of the source are taken FIFO; each
     share makes one new lot, without expiry. Raises Refusal `insufficient_balance`. Contract: redemptions.md 5.2.
     """
-    wanted = _sum(amount for _, amount in shares)
+    wanted = sum_of(amount for _, amount in shares)
     account = source.account(books, "AVAILABLE")
     require(account.balance, wanted)
     parts: Sequence[Part] = ()
@@ -327,6 +333,9 @@ def settle(
     expiries = [part.lot.expires_at for part in parts if part.lot.expires_at is not None]
     books.holds.reduce(by_hold(parts), cause.entry_id, "SETTLED")
     books.lots.spend(parts, cause.entry_id)
+    if matures_at is not None:
+        # An expiry before its own maturity would take the value before anybody could have it.
+        expiries = [expiry for expiry in expiries if expiry > matures_at]
     expires_at = expires_at or min(expiries, default=None)
     _open_lot(books, position, cause, amount, bucket, expires_at=expires_at, matures_at=matures_at, repaid=repaid)
     return Settlement(entry, held_amount, delta)
@@ -401,7 +410,7 @@ def _take_held(
         taken, reachable = by_hold(parts), total(parts)
     else:
         taken = books.holds.take_oldest(position.holder_id, position.asset_id, amount, only=only)
-        reachable = _sum(taken.values())
+        reachable = sum_of(taken.values())
     wanted = reachable if amount is None else amount
     if wanted <= ZERO or reachable < wanted:
         raise Refusal("insufficient_balance", "insufficient balance")
@@ -495,10 +504,3 @@ def _newest(parts: Sequence[Part], amount: Decimal) -> list[Part]:
         chosen.append(Part(part.lot, share))
         amount = EXACT.subtract(amount, share)
     return chosen
-
-
-def _sum(amounts: Iterable[Decimal]) -> Decimal:
-    result = ZERO
-    for amount in amounts:
-        result = EXACT.add(result, amount)
-    return result

@@ -52,12 +52,16 @@ class Placed(Protocol):
 
 @dataclass(slots=True)
 class Shelves:
-    """How far each shelf has been read, how much was asked of it, and which ones turned out to be read too little."""
+    """How far each shelf has been read, how much was asked of it, and which ones turned out to be read too little.
+
+    `misses` counts how often that was.
+    """
 
     complete: set[Shelf] = field(default_factory=set)
     read_to: dict[Shelf, Place] = field(default_factory=dict)
     asked: dict[Shelf, Decimal | None] = field(default_factory=dict)
     short: set[Shelf] = field(default_factory=set)
+    misses: int = 0
 
     def covers(self, shelf: Shelf, amount: Decimal | None, taken: Iterable[Placed], sum_taken: Decimal) -> bool:
         """Whether `taken` is what FIFO takes for `amount` (None for all), whatever of the shelf hasn't been read.
@@ -72,6 +76,7 @@ class Shelves:
         if sum_taken == amount and read_to is not None and all((t.created_at, t.id) <= read_to for t in taken):
             return True
         self.short.add(shelf)
+        self.misses += 1
         return False
 
     def wanted(self) -> dict[Shelf, Decimal | None]:

@@ -6,7 +6,7 @@ Contract: rules-and-events.md 4. A rule set may be shared by threads: nothing in
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -14,26 +14,29 @@ from uuid import UUID
 
 from sqlmodel import col, select
 
-from db.session import Transaction
+from db import json
+from db.session import Database
 from db.tables import Rule
 from domain.errors import Refusal
 from domain.rules.actions import Action, Target, parse_actions
 from domain.rules.budgets import rules_with_budgets
 from domain.rules.cel import Expression, ExpressionError, compile_expression
 
-__all__ = ["Action", "CompiledRule", "RuleSet", "Target", "load_rule_set"]
+__all__ = ["Action", "CompiledRule", "Keys", "RuleSet", "Target", "known_rule_set", "learn_rules"]
 
 logger = logging.getLogger("scrip.rules")
 
 Bucket = Literal["AVAILABLE", "HELD"]
 
-RULE_SETS_CACHED = 256
+RULE_CHARS_CACHED = 16 * 1024 * 1024
+"""What the kept rules were saved as, about a twelfth of the memory that they take."""
+
 TYPES_CACHED = 1_024
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledRule:
-    """One version of a rule; `history_id` names that version in evaluations."""
+    """One version of a rule; `history_id` names that version in evaluations. `size` is in characters as saved."""
 
     id: UUID
     name: str
@@ -44,6 +47,7 @@ class CompiledRule:
     active_to: datetime | None
     condition: Expression
     actions: tuple[Action, ...]
+    size: int = 0
 
     def is_open(self, at: datetime) -> bool:
         """Whether the window is open at the wall-clock time `at`. Contract: rules-and-events.md 2.4."""
@@ -60,9 +64,9 @@ class RuleSet:
     """The ACTIVE rules of one version of a program, in their order, and what they can reach.
 
     `has_targets`: some action is directed at somebody whom its target names. `uses_program_state`: some expression
-    reads `program`, or some action writes it. `reads_groups`: some expression reads the participant's groups. `keys` says
-    which counters and attributes of participants, groups and programs are read or written. `taking` are the (asset,
-    bucket) pairs that actions take value from. `budgeted` are the rules that have budgets.
+    reads `program`, or some action writes it. `reads_groups`: some expression reads the participant's groups. `keys`
+    says which state of participants, groups and programs is read or written. `taking` are the (asset, bucket) pairs
+    that actions take value from. `budgeted` are the rules that have budgets. `size` is in characters.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class RuleSet:
         self.version = version
         self.budgeted = tuple(sorted(budgeted))
         self.rules = tuple(sorted(rules, key=lambda rule: rule.order))
+        self.size = sum(rule.size for rule in self.rules)
         self._any_type = tuple(rule for rule in self.rules if rule.condition.event_types is None)
         self._indexed_types = frozenset(
             event_type for rule in self.rules for event_type in rule.condition.event_types or ()
@@ -86,7 +91,8 @@ class RuleSet:
         self.asset_ids = frozenset(action.asset_id for action in actions if action.asset_id is not None)
         self.taking = frozenset(pair for action in actions for pair in _takes_from(action))
         self.has_targets = any(
-            action.target is not None and (action.target.type != "PROGRAM" or action.target.id not in (None, program_id))
+            action.target is not None
+            and (action.target.type != "PROGRAM" or action.target.id not in (None, program_id))
             for action in actions
         )
         self.uses_program_state = bool(directed["PROGRAM"]) or any(path[0] == "program" for path in paths)
@@ -120,6 +126,12 @@ def _admits(rule: CompiledRule, event_type: str) -> bool:
     return types is None or event_type in types
 
 
+def _names_somebody(action: Action, own_program_id: UUID) -> bool:
+    """Whether the action is directed at somebody else than the event's participant, recipient or program."""
+    target = action.target
+    return target is not None and (target.type != "PROGRAM" or target.id not in (None, own_program_id))
+
+
 _IN_HELD = frozenset({"RELEASE", "VOID_HOLD"})
 
 
@@ -139,10 +151,11 @@ def _settles(action: Action) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The counters and attributes that rules can reach; None means any, because a key is computed."""
+    """The counters and attributes that rules can reach, None for any, as a key is computed; and whether tags."""
 
     counters: frozenset[str] | None
     attributes: frozenset[str] | None
+    tags: bool = True
 
     @classmethod
     def of(cls, paths: Collection[tuple[str, ...]], variable: str, actions: Collection[Action]) -> "Keys":
@@ -150,6 +163,9 @@ class Keys:
         return cls(
             _keys(paths, variable, "counters", [a for a in actions if a.type == "COUNTER"]),
             _keys(paths, variable, "attributes", [a for a in actions if a.type == "SET_ATTRIBUTE"]),
+            any(a.type in ("TAG", "UNTAG") for a in actions)
+            or any(path[:2] in ((variable,), (variable, "tags")) for path in paths)
+            or (variable == "group" and ("groups",) in paths),
         )
 
 
@@ -171,44 +187,58 @@ _cache: OrderedDict[tuple[UUID, UUID], RuleSet] = OrderedDict()
 _cache_lock = threading.Lock()
 
 
-async def load_rule_set(tx: Transaction, program_id: UUID, version: int) -> RuleSet:
-    """The program's ACTIVE rules, compiled; `version` is the program's `rules_version`, read in this transaction.
-
-    Kept per process, one version of each of the programs used last. A version that replaces a kept one compiles only
-    the rules that have changed. A rule that doesn't compile (the limits were wider when it was saved) is left out and
-    logged as an error: it must not stop the others.
-    """
-    key = (tx.organization_id, program_id)
+def known_rule_set(organization_id: UUID, program_id: UUID, version: int) -> RuleSet | None:
+    """The program's rules of this version, its `rules_version`, if this process has them compiled."""
     with _cache_lock:
-        known = _cache.get(key)
-        if known is not None:
-            _cache.move_to_end(key)
-    if known is not None and known.version == version:
+        known = _cache.get((organization_id, program_id))
+        if known is None or known.version != version:
+            return None
+        _cache.move_to_end((organization_id, program_id))
         return known
-    rows = await tx.all(
-        select(Rule).where(
-            Rule.organization_id == tx.organization_id, Rule.program_id == program_id, col(Rule.status) == "ACTIVE"
+
+
+async def learn_rules(
+    database: Database, organization_id: UUID, program_id: UUID, progress: Callable[[], None] = lambda: None
+) -> None:
+    """Compile the program's ACTIVE rules as they are now, for `known_rule_set`; `progress` is called after each.
+
+    To be called outside any transaction: compiling rules at their limits takes long, and nobody must wait for locks
+    meanwhile. Only the rules that have changed since the version that is known are compiled. A rule that doesn't
+    compile (the limits were wider when it was saved) is left out and logged as an error: it must not stop the others.
+    """
+    async with database.transaction(organization_id) as tx:
+        # The version first: should the rules change in between, the set is taken for older than it is and learnt again.
+        program = await tx.row(
+            "select rules_version from program where organization_id = %s and id = %s", (organization_id, program_id)
         )
-    )
-    compiled_before = {rule.history_id: rule for rule in known.rules} if known is not None else {}
-    rules = _compile_rules(rows, compiled_before)
-    with_budgets = await rules_with_budgets(tx, program_id)
-    loaded = RuleSet(program_id, version, rules, [rule.id for rule in rules if rule.id in with_budgets])
+        assert program is not None, "programs are never deleted"
+        rows = await tx.all(
+            select(Rule).where(
+                Rule.organization_id == organization_id, Rule.program_id == program_id, col(Rule.status) == "ACTIVE"
+            )
+        )
+        with_budgets = await rules_with_budgets(tx, program_id)
     with _cache_lock:
-        _cache[key] = loaded
-        _cache.move_to_end(key)
-        while len(_cache) > RULE_SETS_CACHED:
-            _cache.popitem(last=False)
-    return loaded
-
-
-def _compile_rules(rows: Iterable[Rule], compiled_before: Mapping[UUID, CompiledRule]) -> list[CompiledRule]:
+        before = _cache.get((organization_id, program_id))
+    compiled_before = {rule.history_id: rule for rule in before.rules} if before is not None else {}
     rules: list[CompiledRule] = []
     for row in rows:
-        compiled = compiled_before.get(row.history_id) or _compile_rule(row)
-        if compiled is not None:
-            rules.append(compiled)
-    return rules
+        rule = compiled_before.get(row.history_id) or _compile_rule(row)
+        if rule is not None:
+            rules.append(rule)
+        progress()
+    budgeted = [rule.id for rule in rules if rule.id in with_budgets]
+    _keep(organization_id, RuleSet(program_id, program["rules_version"], rules, budgeted))
+
+
+def _keep(organization_id: UUID, rules: RuleSet) -> None:
+    """Keep this set and as many of those used last as have RULE_CHARS_CACHED characters together."""
+    with _cache_lock:
+        _cache[organization_id, rules.program_id] = rules
+        _cache.move_to_end((organization_id, rules.program_id))
+        total = sum(kept.size for kept in _cache.values())
+        while total > RULE_CHARS_CACHED and len(_cache) > 1:
+            total -= _cache.popitem(last=False)[1].size
 
 
 def _compile_rule(row: Rule) -> CompiledRule | None:
@@ -223,6 +253,7 @@ def _compile_rule(row: Rule) -> CompiledRule | None:
             active_to=row.active_to,
             condition=compile_expression(row.condition),
             actions=parse_actions(row.actions),
+            size=len(row.condition) + len(json.dumps(row.actions)),
         )
     except (ExpressionError, Refusal) as error:
         problems = error.problems if isinstance(error, Refusal) else ()

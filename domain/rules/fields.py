@@ -165,9 +165,9 @@ def _read_text(field: Place, text: str, longest: int, shortest: int = 1) -> str:
     return text
 
 
-# Texts that would compile and are meant as they stand: dates and phone numbers would come out as differences
-# (`2024-01-15` is 2008), single words name whole maps (`group`) or types (`string`). `now` alone is worth evaluating.
-_PLAIN_ATTRIBUTE = re.compile(r"[\d\s.:/+-]+|(?!now$)[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+# Texts that would compile and are meant as they stand: a date would come out as a difference (`2024-01-15` is 2008), a
+# number without its zeros, and single words name whole maps (`group`) or types (`string`). `now` is worth evaluating.
+_PLAIN_ATTRIBUTE = re.compile(r"[+-]?\d+(\.\d+)?|(\d{4}-)?\d{2}-\d{2}|(?!now$)[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 def _read_value(field: Place) -> Expression | str | None:

@@ -394,10 +394,27 @@ async def _save(tx: Transaction, rule: Rule) -> None:
         )
 
 
+async def _require_room(tx: Transaction, program_id: UUID) -> None:
+    """Refuse more than a program's rules may have together: a worker compiles and keeps them all. Raises `conflict`."""
+    found = await tx.row(
+        """select coalesce(sum(length(condition) + length(actions::text)), 0) as chars from rule
+           where organization_id = %s and program_id = %s and status <> 'ARCHIVED'""",
+        [tx.organization_id, program_id],
+    )
+    assert found is not None
+    if found["chars"] > limits.RULE_CHARS_PER_PROGRAM:
+        message = f"the rules of a program have at most {limits.RULE_CHARS_PER_PROGRAM:,} characters together"
+        raise Refusal("conflict", message)
+
+
 async def _record(
     tx: Transaction, rule: Rule, change_type: str, changes: dict[str, Any], snapshot: dict[str, Any]
 ) -> None:
-    """Append the version that the rule is now, and tell the engine to load the program's rules anew."""
+    """Append the version that the rule is now, and tell the engine to load the program's rules anew.
+
+    Raises Refusal `conflict` when the program has no room for it.
+    """
+    await _require_room(tx, rule.program_id)
     await tx.insert(
         RuleHistory(
             organization_id=tx.organization_id,

@@ -91,6 +91,16 @@ TEMPLATES: tuple[Template, ...] = (
     ("event.type == 'buy'", [move("HOLD", "lots", "event.amount / 2", reference_id="event.ref")], {}),
     ("event.type == 'give'", [move("RELEASE", "lots", reference_id="event.ref")], {}),
     ("event.type == 'mark'", [move("RELEASE", "lots", "2.5")], {}),
+    (
+        "event.type == 'take'",
+        [
+            move("RELEASE", "lots", reference_id="'r1'"),
+            debit("lots", "1"),
+            move("RELEASE", "lots", reference_id="'r2'"),
+            debit("lots", "1"),
+        ],
+        {},
+    ),
     ("event.type == 'refund'", [move("FORFEIT", "lots", bucket="HELD"), tag("forfeited")], {}),
     ("event.type == 'spend'", [move("FORFEIT", "lots", "0.5")], {}),
     ("event.type == 'take'", [debit("lots", "1", bucket="HELD")], {}),
@@ -158,7 +168,6 @@ async def test_batches_of_any_size_do_what_one_event_at_a_time_does(
     policy: str,
 ) -> None:
     monkeypatch.setattr(limits, "SHELF_BEGINNING", 2)
-    monkeypatch.setattr(limits, "BATCH_GROWTHS", 12)
     one_by_one = await processed(database, new_organization().id, policy, rules, events, [1])
     in_batches = await processed(database, new_organization().id, policy, rules, events, sizes)
 

@@ -347,6 +347,49 @@ async def test_a_release_by_reference_finds_its_lots_behind_many_others(
     ]
 
 
+async def test_settling_many_references_at_once_takes_no_more_passes_than_settling_one(
+    program: EventProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SHELF_BEGINNING", 2)
+    points = await program.asset(**LOT)
+    references = [f"trip-{number}" for number in range(8)]
+    await program.rule("event.type == 'hold'", credit(points, "5"), move("HOLD", points, "5", reference_id="event.ref"))
+    settle = [(move("RELEASE", points, reference_id=f"'{ref}'"), debit(points, "4")) for ref in references]
+    await program.rule("event.type == 'settle'", *(action for pair in settle for action in pair))
+    for ref in references:
+        await program.run(type="hold", ref=ref)
+
+    event = await program.run(type="settle")
+
+    assert (event.status, event.error_message) == ("COMPLETED", None)
+    assert await buckets(program, "alice", points) == (8, 0, 0)
+
+
+async def test_a_debit_from_held_by_reference_leaves_other_holds_alone(program: EventProgram) -> None:
+    points = await program.asset(**LOT)
+    await program.rule("event.type == 'auth'", credit(points, "10", bucket="HELD", reference_id="event.ref"))
+    await program.rule("event.type == 'take'", debit(points, "10", bucket="HELD", reference_id="event.ref"))
+    await program.run(type="auth", ref="A")
+    await program.run(type="auth", ref="B")
+
+    await program.run(type="take", ref="B")
+
+    assert await program.sql("select reference_id, status from hold order by 1") == [("A", "ACTIVE"), ("B", "SETTLED")]
+
+
+async def test_a_settle_inherits_no_expiry_before_its_own_maturity(program: EventProgram) -> None:
+    points = await program.asset(**LOT)
+    await program.rule(
+        "event.type == 'auth'", credit(points, "10", bucket="HELD", reference_id="'a'", expires_at="24h")
+    )
+    await program.rule("event.type == 'capture'", credit(points, "9", reference_id="'a'", matures_at="720h"))
+    await program.run(type="auth")
+
+    await program.run(type="capture")
+
+    assert await program.sql("select status, expires_at from lot where remaining > 0") == [("DEFERRED", None)]
+
+
 async def test_generic_releases_of_a_simple_asset_use_up_the_oldest_hold_first(
     program: EventProgram, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,15 +1,21 @@
 """The walk over the rules: order, windows, errors, limits, stopping, records. Contract: rules-and-events.md 4."""
 
+import itertools
+import time
 from datetime import UTC, datetime
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from domain import limits
+from domain.events import engine
 from domain.events.queries import retry
+from domain.rules.cel import values
 from domain.rules.store import patch_rule
 from tests.conftest import SettableClock
-from tests.events_support import EventProgram, credit, tag
+from tests.events_support import EventProgram, attribute, counter, credit, schedule, tag
 
 HOSTILE = "event.items.all(a, event.items.all(b, event.items.all(c, a + b + c >= 0)))"
 """More steps than any expression may take, for a list of 50 numbers."""
@@ -293,3 +299,91 @@ async def test_matched_rules_are_kept_for_the_list_of_events(program: EventProgr
     event = await program.run(n=1)
 
     assert event.matched_rule_ids == [yes.id]
+
+
+async def test_the_records_of_a_failed_event_name_nothing_that_was_taken_back(program: EventProgram) -> None:
+    points = await program.asset()
+    await program.rule("true", credit(points, "5", bucket="HELD", hold_until="1h"), schedule("later", "1h"))
+    await program.rule("true", credit(points, "0.001"))
+
+    event = await program.run()
+
+    assert event.status == "FAILED"
+    first, second = await program.evaluations(event.id)
+    assert [sorted(action) for action in first["actions"]] == [
+        ["amount", "asset_id", "target", "type"],
+        ["event_name", "target", "trigger_at", "type"],
+    ]
+    assert second["error_message"] == "action CREDIT failed: amount exceeds asset scale"
+
+
+async def test_rules_that_compute_for_too_long_fail_their_event_instead_of_dropping_what_it_earned(
+    program: EventProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = await program.asset()
+    await program.rule("true", credit(points, "1"))
+    await program.rule("true", credit(points, "2"))
+    monkeypatch.setattr(limits, "EVENT_MS", -1)
+
+    event = await program.run()
+
+    assert (event.status, event.attempts) == ("FAILED", 1)
+    assert "compute for longer" in (event.error_message or "")
+    assert await program.entries() == []
+
+
+async def test_a_worker_that_stands_still_changes_nobodys_reward(
+    program: EventProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hours = itertools.count()
+    standing_still = SimpleNamespace(monotonic=lambda: next(hours) * 3600.0, thread_time=time.thread_time)
+    for module in (engine, values):
+        monkeypatch.setattr(module, "time", standing_still)
+    points = await program.asset()
+    for _ in range(3):
+        await program.rule("event.items.all(x, x >= 0)", credit(points, "1"))
+
+    event = await program.run(items=list(range(600)))
+
+    assert event.status == "COMPLETED"
+    assert await program.balance("alice", points) == 3
+
+
+async def test_one_event_runs_a_bounded_number_of_actions(
+    program: EventProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "ACTIONS_PER_EVENT", 3)
+    await program.rule("true", tag("a"), tag("b"))
+    await program.rule("true", tag("c"), tag("d"))
+
+    event = await program.run()
+
+    assert (event.status, event.error_message) == ("FAILED", "action TAG failed: more than 3 actions for one event")
+    assert await program.tags() == set()
+
+
+async def test_busy_events_cut_a_batch_short(program: EventProgram, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BATCH_ACTIONS", 3)
+    await program.rule("true", tag("a"), tag("b"))
+    for _ in range(5):
+        await program.send()
+
+    assert [(await program.batch()).events for _ in range(4)] == [2, 2, 1, 0]
+
+
+async def test_a_holder_has_a_bounded_number_of_tags_counters_and_attributes(
+    program: EventProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "STATE_KEYS", 2)
+    for name in ("a", "b", "c"):
+        await program.rule(f"event.kind == 'tag' && event.name == '{name}'", tag(name))
+        await program.rule(f"event.kind == 'counter' && event.name == '{name}'", counter(name, "1"))
+        await program.rule(f"event.kind == 'attribute' && event.name == '{name}'", attribute(name, "'x'"))
+
+    for kind in ("tag", "counter", "attribute"):
+        events = [await program.send(kind=kind, name=name) for name in ("a", "b", "a", "c", "b")]
+        await program.settle()
+        statuses = [await program.status(event) for event in events]
+        assert [status for status, _ in statuses] == ["COMPLETED"] * 3 + ["FAILED", "COMPLETED"]
+        assert f"more than 2 {kind}s" in (statuses[3][1] or "")
+    assert await program.counters() == {"a": 2, "b": 2}

@@ -1,6 +1,7 @@
 """Rule sets: the index over event types, what a set can reach, and the cache. Contract: rules-and-events.md 4."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -16,7 +17,7 @@ from domain.ids import new_id
 from domain.rules import compiled, store
 from domain.rules.actions import parse_actions
 from domain.rules.cel import compile_expression
-from domain.rules.compiled import CompiledRule, Keys, RuleSet, load_rule_set
+from domain.rules.compiled import CompiledRule, Keys, RuleSet, known_rule_set, learn_rules
 from tests.conftest import Tenant
 
 TAG = {"type": "TAG", "tag": "seen"}
@@ -133,9 +134,11 @@ def test_keys_are_those_that_expressions_read_or_actions_write() -> None:
         )
     )
 
-    assert rules.keys["PARTICIPANT"] == Keys(frozenset({"a", "b", "c"}), frozenset({"tier", "country", "home"}))
-    assert rules.keys["PROGRAM"] == Keys(frozenset({"p", "q"}), NONE)
-    assert rules.keys["GROUP"] == Keys(NONE, NONE)
+    assert rules.keys["PARTICIPANT"] == Keys(
+        frozenset({"a", "b", "c"}), frozenset({"tier", "country", "home"}), tags=False
+    )
+    assert rules.keys["PROGRAM"] == Keys(frozenset({"p", "q"}), NONE, tags=False)
+    assert rules.keys["GROUP"] == Keys(NONE, NONE, tags=False)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,7 @@ def test_the_whole_participant_means_all_keys_of_everything() -> None:
     rules = rule_set(rule(1, "participant[event.member].size() > 1"))
 
     assert rules.keys["PARTICIPANT"] == Keys(None, None)
-    assert rules.keys["PROGRAM"] == Keys(NONE, NONE)
+    assert rules.keys["PROGRAM"] == Keys(NONE, NONE, tags=False)
 
 
 def test_tags_read_no_keys_at_all() -> None:
@@ -161,7 +164,7 @@ def test_reading_one_group_reads_its_keys_and_reading_all_groups_reads_everythin
     one = rule_set(rule(1, "group.counters.visits > 1"))
     every = rule_set(rule(1, "groups.exists(g, g.counters.visits > 1)"))
 
-    assert (one.reads_groups, one.keys["GROUP"]) == (True, Keys(frozenset({"visits"}), NONE))
+    assert (one.reads_groups, one.keys["GROUP"]) == (True, Keys(frozenset({"visits"}), NONE, tags=False))
     assert (every.reads_groups, every.keys["GROUP"]) == (True, Keys(None, None))
 
 
@@ -233,7 +236,11 @@ async def load(database: Database, organization: Tenant, program_id: UUID) -> Ru
     """The rule set as the engine asks for it: with the version that the program has now."""
     async with database.transaction(organization.id) as tx:
         version = (await programs.get(tx, program_id)).rules_version
-        return await load_rule_set(tx, program_id, version)
+    if (known := known_rule_set(organization.id, program_id, version)) is None:
+        await learn_rules(database, organization.id, program_id)
+        known = known_rule_set(organization.id, program_id, version)
+    assert known is not None
+    return known
 
 
 def draft(program_id: UUID, condition: str = "event.type == 'purchase'", **more: Any) -> store.RuleDraft:
@@ -348,10 +355,13 @@ async def test_a_rule_that_no_longer_compiles_is_left_out_and_logged(
 async def test_the_cache_keeps_the_programs_used_last(
     database: Database, organization: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "RULE_SETS_CACHED", 2)
+    monkeypatch.setattr(compiled, "_cache", OrderedDict())
     async with database.transaction(organization.id) as tx:
         ids = [await new_program(tx) for _ in range(3)]
+        for program_id in ids:
+            await store.create_rule(tx, draft(program_id))
     first, second = [await load(database, organization, program_id) for program_id in ids[:2]]
+    monkeypatch.setattr(compiled, "RULE_CHARS_CACHED", first.size + second.size)
 
     assert await load(database, organization, ids[0]) is first
     await load(database, organization, ids[2])  # pushes out the second, which was used least recently
