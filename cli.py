@@ -335,17 +335,23 @@ def reconcile() -> None:
     For after a restored backup or a deleted Temporal. Workers do this by themselves when they start. Safe to repeat.
     """
     from workflows.reconcile import reconcile as start_missing
-    from workflows.reconcile import reconcile_broadcasts, reconcile_holds, reconcile_redemptions
+    from workflows.reconcile import (
+        reconcile_broadcasts,
+        reconcile_holds,
+        reconcile_redemptions,
+        reconcile_simulations,
+    )
 
     async def run(database: Database, gateway: Gateway) -> str:
         woken = await start_missing(database, gateway)
         holds = await reconcile_holds(database, gateway)
         broadcasts = await reconcile_broadcasts(database, gateway)
         redemptions = await reconcile_redemptions(database, gateway)
+        simulations = await reconcile_simulations(database, gateway)
         return (
             f"Woke the event processing of {woken} programs, the ends of holds of {holds.woken} and the broadcasts of "
             f"{broadcasts}.\n"
-            f"Started the workflows of {holds.started} holds and {redemptions} redemptions."
+            f"Started the workflows of {holds.started} holds, {redemptions} redemptions and {simulations} simulations."
         )
 
     typer.echo(asyncio.run(_with_temporal(run)))

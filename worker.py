@@ -21,6 +21,7 @@ from activities.events import EventActivities
 from activities.holds import DueHoldActivities, HoldActivities
 from activities.ledger import LedgerActivities
 from activities.redemptions import RedemptionActivities
+from activities.simulations import SimulationActivities
 from activities.threads import ThreadDatabases
 from activities.upkeep import ReconcileActivities, ReconcileReport, UpkeepActivities
 from api.waker import Waker
@@ -45,9 +46,11 @@ from workflows.reconcile import (
     reconcile_broadcasts,
     reconcile_holds,
     reconcile_redemptions,
+    reconcile_simulations,
 )
 from workflows.redemption import Redemption
 from workflows.schedules import ensure_schedules
+from workflows.simulation import Simulation
 from workflows.upkeep import DriftCheck, Reconcile, Upkeep
 
 logger = logging.getLogger("scrip.worker")
@@ -60,6 +63,7 @@ WORKFLOWS: Sequence[type] = (
     LedgerVerification,
     NightlyVerification,
     Redemption,
+    Simulation,
     Upkeep,
     Reconcile,
     DriftCheck,
@@ -111,6 +115,7 @@ def build_worker(client: Client, settings: Settings, clock: Clock, executor: Thr
     ledger = LedgerActivities(databases)
     due_holds = DueHoldActivities(databases)
     upkeep = UpkeepActivities(databases)
+    simulations = SimulationActivities(databases)
     database = Database(url, size=settings.database_pool_size, timeout_s=settings.database_pool_timeout_s, clock=clock)
     waker = Waker(database, gateway)
     fan_outs = FanOutActivities(databases, _from_any_thread(waker))
@@ -123,6 +128,8 @@ def build_worker(client: Client, settings: Settings, clock: Clock, executor: Thr
         ledger.list_organizations,
         due_holds.end_due,
         fan_outs.fan_out,
+        simulations.simulate,
+        simulations.cancel_simulation,
         upkeep.sweep,
         upkeep.maintain,
         upkeep.find_drift,
@@ -195,7 +202,10 @@ def _reconciler(gateway: Gateway, database: Database) -> Callable[[Callable[[], 
         holds = await reconcile_holds(database, gateway, progress)
         broadcasts_woken = await reconcile_broadcasts(database, gateway)
         redemptions_started = await reconcile_redemptions(database, gateway, progress)
-        return ReconcileReport(queues_woken, holds.started, holds.woken, broadcasts_woken, redemptions_started)
+        simulations_started = await reconcile_simulations(database, gateway)
+        return ReconcileReport(
+            queues_woken, holds.started, holds.woken, broadcasts_woken, redemptions_started, simulations_started
+        )
 
     return run_reconcile
 
@@ -219,12 +229,13 @@ async def keep_reconciled(database: Database, gateway: Gateway) -> None:
 
 
 async def start_missing_workflows(database: Database, gateway: Gateway) -> None:
-    """Start what holds and redemptions lack in Temporal, once; a schedule does it again every five minutes."""
+    """Start what holds, redemptions and simulations lack in Temporal, once; a schedule does it every five minutes."""
     try:
         redemptions = await reconcile_redemptions(database, gateway)
         logger.info("started the workflows of %d redemptions", redemptions)
         holds = await reconcile_holds(database, gateway)
         logger.info("started the workflows of %d holds, woke HoldEnds of %d programs", holds.started, holds.woken)
+        logger.info("started the workflows of %d simulations", await reconcile_simulations(database, gateway))
     except (DatabaseUnavailable, RPCError, RuntimeError) as error:
         logger.warning("looking for missing workflows failed: %s", error)
     except Exception:

@@ -51,6 +51,7 @@ class ReconcileReport:
     hold_ends_woken: int
     broadcasts_woken: int = 0
     redemptions_started: int = 0
+    simulations_started: int = 0
 
 
 Reconcile = Callable[[Callable[[], None]], Awaitable[ReconcileReport]]

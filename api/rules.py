@@ -165,10 +165,9 @@ BudgetList = Annotated[
 ]
 
 
-class RuleCreate(RequestModel):
-    """A rule to be."""
+class RuleFields(RequestModel):
+    """What a rule is made of."""
 
-    program_id: UUID = Field(description="The program that owns the rule, for good.")
     name: Name = Field(description="A label; need not be unique.")
     description: RuleDescription | None = None
     condition: Condition
@@ -179,6 +178,12 @@ class RuleCreate(RequestModel):
     active_to: ActiveTo = None
     budgets: BudgetList | None = Field(default=None, description="Without it, or empty: nothing is capped.")
     status: Literal["ACTIVE", "SUSPENDED"] = Field(default="ACTIVE", description="A rule cannot begin ARCHIVED.")
+
+
+class RuleCreate(RuleFields):
+    """A rule to be."""
+
+    program_id: UUID = Field(description="The program that owns the rule, for good.")
 
 
 class RuleUpdate(PatchModel):
@@ -332,8 +337,7 @@ async def create_rule(tx: Tx, body: RuleCreate) -> JsonResponse:
     404 for an unknown program or asset; 409 `conflict` when the order is taken, `program_inactive` when the program
     is archived, `asset_archived`; 422 `asset_not_linked`. Every action's problem is named as `actions[i].field`.
     """
-    draft = {name: getattr(body, name) for name in RuleCreate.model_fields} | {"budgets": _drafts(body.budgets or ())}
-    return await _answer_rule(tx, await store.create_rule(tx, store.RuleDraft(**draft)), 201)
+    return await _answer_rule(tx, await store.create_rule(tx, draft_of(body, body.program_id)), 201)
 
 
 @router.get("/rules", response_model=ListOf[RuleOut])
@@ -383,10 +387,8 @@ async def update_rule(tx: Tx, id: UUID, body: RuleUpdate) -> JsonResponse:
 
     409 `conflict` when the order is taken or the rule is archived, `program_inactive` when its program is archived.
     """
-    changes = body.required_changes()
-    if "budgets" in changes:
-        changes["budgets"] = _drafts(body.budgets)
-    return await _answer_rule(tx, await store.patch_rule(tx, id, changes))
+    body.required_changes()
+    return await _answer_rule(tx, await store.patch_rule(tx, id, changes_of(body)))
 
 
 @router.post("/rules/{id}/reset-budget", response_model=BudgetOut)
@@ -437,6 +439,20 @@ def _shown_version(version: RuleHistory) -> dict[str, Any]:
         "changed_at": format_timestamp(version.changed_at),
         "changed_by_user_id": None,
     }
+
+
+def draft_of(fields: RuleFields, program_id: UUID) -> store.RuleDraft:
+    """The rule that was sent, for the domain."""
+    draft = {name: getattr(fields, name) for name in RuleFields.model_fields}
+    return store.RuleDraft(program_id=program_id, **draft | {"budgets": _drafts(fields.budgets or ())})
+
+
+def changes_of(body: RuleUpdate) -> dict[str, Any]:
+    """The changes that were sent, for the domain; none where nothing was."""
+    changes = body.changes()
+    if "budgets" in changes:
+        changes["budgets"] = _drafts(body.budgets)
+    return changes
 
 
 def _drafts(budgets: Iterable[BudgetIn]) -> list[BudgetDraft]:

@@ -34,6 +34,7 @@ POINTS = (
     "fan_out.committed",  # a batch of a fan-out is committed, nobody told
     "simulation.played",  # a batch of a simulation is played and its holders are written, its cursor is not
     "simulation.written",  # a batch of a simulation is written, the commit not sent
+    "simulation.committed",  # a batch of a simulation is committed, nobody told
     "redemption.reserved",  # a redemption is reserved, the commit not sent
     "redemption.confirmed",  # a redemption is confirmed, the commit not sent
     "redemption.canceled",  # a redemption is canceled, the commit not sent

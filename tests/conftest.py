@@ -24,7 +24,6 @@ from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest
 from temporalio.api.workflowservice.v1 import RegisterNamespaceRequest
 from temporalio.client import Client
-from temporalio.contrib.pydantic import pydantic_data_converter
 
 from api.app import create_app
 from cli import migrate_schema
@@ -36,6 +35,7 @@ from embedded.temporal import SEARCH_ATTRIBUTES
 from settings import Settings
 from tests.servers import Postgres, shared_postgres, shared_temporal
 from worker import build_worker
+from workflows.converter import DATA_CONVERTER
 from workflows.gateway import Gateway
 
 
@@ -107,7 +107,7 @@ async def temporal(temporal_address: str, worker_id: str) -> Client:
 
 async def new_namespace(address: str, name: str) -> Client:
     """A client of a fresh namespace with Scrip's search attributes, for tests that want a Temporal of their own."""
-    client = await Client.connect(address, data_converter=pydantic_data_converter)
+    client = await Client.connect(address, data_converter=DATA_CONVERTER)
     namespace = f"{name}-{new_id().hex}"
     await client.workflow_service.register_namespace(
         RegisterNamespaceRequest(namespace=namespace, workflow_execution_retention_period=Duration(seconds=86_400))
@@ -118,7 +118,7 @@ async def new_namespace(address: str, name: str) -> Client:
             search_attributes=dict.fromkeys(SEARCH_ATTRIBUTES, IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD),
         )
     )
-    return await Client.connect(address, namespace=namespace, data_converter=pydantic_data_converter)
+    return await Client.connect(address, namespace=namespace, data_converter=DATA_CONVERTER)
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,14 @@ async def test_what_is_due_is_booked_by_the_clock_and_only_once(run: Run, desk: 
     result = await run("upkeep", "--org", desk.organization_id, "--json")
 
     assert json.loads(result.stdout) == [
-        {"organization_id": str(desk.organization_id), "matured": 1, "expired": 1, "holds_ended": 1, "failed": 0}
+        {
+            "organization_id": str(desk.organization_id),
+            "matured": 1,
+            "expired": 1,
+            "holds_ended": 1,
+            "redemptions_expired": 0,
+            "failed": 0,
+        }
     ]
     assert await desk.buckets() == ("10", "0", "0")
     before = await desk.entries()

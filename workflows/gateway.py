@@ -17,7 +17,6 @@ from temporalio.common import (
     WorkflowIDConflictPolicy,
     WorkflowIDReusePolicy,
 )
-from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.exceptions import ApplicationError, TemporalError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.workflow import UpdateMethodMultiParam
@@ -27,17 +26,20 @@ from domain.balances import OperationResult
 from domain.clock import format_timestamp
 from domain.errors import STATUS_BY_CODE, Problem, Refusal
 from domain.hold_ends import CarriedHold
+from domain.simulations.records import CarriedSimulation
 from domain.timed_holds import Reservation
 from domain.two_step import CarriedRedemption
 from settings import Settings
-from workflows import broadcasts, hold, hold_ends, ledger_verification, queues, redemption
+from workflows import broadcasts, hold, hold_ends, ledger_verification, queues, redemption, simulation
 from workflows.broadcasts import Broadcasts, BroadcastsInput
+from workflows.converter import DATA_CONVERTER
 from workflows.event_processing import EventProcessing, EventProcessingInput, workflow_id
 from workflows.hold import Hold, HoldInput
 from workflows.hold_ends import HoldEnds, HoldEndsInput
 from workflows.ledger_verification import LedgerVerification, VerificationInput
 from workflows.redemption import Redemption, RedemptionInput
 from workflows.search_attributes import ORGANIZATION, PARTICIPANT, PROGRAM, SEARCH_ATTRIBUTES, STATUS
+from workflows.simulation import Simulation, SimulationInput
 from workflows.summaries import summary
 
 logger = logging.getLogger("scrip.temporal")
@@ -63,7 +65,7 @@ async def connect(settings: Settings, *, lazy: bool = False) -> Client:
         namespace=settings.temporal_namespace,
         api_key=api_key,
         tls=settings.temporal_tls or api_key is not None,
-        data_converter=pydantic_data_converter,
+        data_converter=DATA_CONVERTER,
         lazy=lazy,
     )
 
@@ -138,6 +140,29 @@ class Gateway:
                 description = await handle.describe(rpc_timeout=self._timeout)
                 return UUID(await description.memo_value(ledger_verification.MEMO_ID))
         return verification_id
+
+    async def start_simulation(self, carried: CarriedSimulation) -> bool:
+        """Start the workflow of a simulation; False where it runs already.
+
+        Raises RPCError when Temporal is out of reach.
+        """
+        async with self._open_calls:
+            client = await self.client()
+            try:
+                await client.start_workflow(
+                    Simulation.run,
+                    SimulationInput(carried.organization_id, carried.id),
+                    id=simulation.workflow_id(carried.id),
+                    task_queue=queues.LEDGER,
+                    id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+                    static_summary="Simulation of rules on past events",
+                    search_attributes=await self._attributes(client, carried.organization_id, carried.program_id),
+                    priority=simulation.priority(carried.organization_id),
+                    rpc_timeout=self._timeout,
+                )
+            except WorkflowAlreadyStartedError:
+                return False
+        return True
 
     async def make_hold(self, reservation: Reservation, wait_s: float) -> OperationResult:
         """Make a hold with an end by its workflow, which then carries it; what the reservation did.

@@ -19,6 +19,7 @@ from domain.events.drain import lane_of, programs_with_events_due_at
 from domain.fan_outs import programs_with_fan_outs
 from domain.hold_ends import CARRIED, OWN, carried_holds, programs_with_ends
 from domain.ledger.verifications import organizations_after
+from domain.simulations.records import open_simulations
 from domain.two_step import pending_after
 from workflows.gateway import Gateway
 
@@ -92,6 +93,14 @@ async def reconcile_redemptions(
         after = page[-1]
         progress()
     return started
+
+
+async def reconcile_simulations(database: Database, gateway: Gateway) -> int:
+    """Start the workflow of every simulation that has not ended, or has left something behind, and lacks one; how many.
+
+    Raises DatabaseUnavailable, or RPCError when Temporal is out of reach.
+    """
+    return sum([await gateway.start_simulation(carried) for carried in await open_simulations(database)])
 
 
 async def reconcile_broadcasts(database: Database, gateway: Gateway) -> int:

@@ -72,6 +72,7 @@ class Reconcile:
                 "hold ends woken": report.hold_ends_woken,
                 "broadcasts woken": report.broadcasts_woken,
                 "redemptions started": report.redemptions_started,
+                "simulations started": report.simulations_started,
             }
         return counts | await _through_organizations(UpkeepActivities.maintain, request.after, None)
 

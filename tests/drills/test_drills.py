@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 from domain import faults
-from drills import contention, due, lost_temporal, points, same_keys
+from drills import contention, due, lost_temporal, points, redemptions, same_keys
 from drills.audit import prove, settled
 from drills.case import SHORT, Broken, Finding, Say
 from drills.client import client_of
@@ -85,6 +85,10 @@ async def test_a_worker_killed_with_lots_half_booked_books_each_of_them_once(
     monkeypatch.setattr(due, "prove", and_see_damage)
 
     await due.kill_at("due_lots.written[MATURITY]", platform, SHORT, quietly)
+
+
+async def test_a_worker_killed_between_two_steps_leaves_no_value_reserved(platform: Platform) -> None:
+    await redemptions.kill_at("redemption.committed", platform, SHORT, quietly)
 
 
 # --- the proof itself ---

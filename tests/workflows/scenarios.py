@@ -15,7 +15,6 @@ from uuid import UUID
 from temporalio import activity
 from temporalio.client import WorkflowHandle
 from temporalio.common import WorkflowIDReusePolicy
-from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
@@ -23,6 +22,7 @@ from temporalio.worker import Worker
 from activities.events import DrainReport, DrainRequest, PauseRequest
 from domain.ids import new_id
 from worker import WORKFLOWS
+from workflows.converter import DATA_CONVERTER
 from workflows.event_processing import EventProcessing, EventProcessingInput, workflow_id
 
 TEST_SERVER = Path(sys.executable).parent / "temporal-test-server"
@@ -85,7 +85,7 @@ class Run:
 async def time_skipping() -> AsyncIterator[WorkflowEnvironment]:
     """A Temporal server whose clock runs ahead to the next timer."""
     env = await WorkflowEnvironment.start_time_skipping(
-        data_converter=pydantic_data_converter, test_server_existing_path=str(TEST_SERVER), identity="test"
+        data_converter=DATA_CONVERTER, test_server_existing_path=str(TEST_SERVER), identity="test"
     )
     async with env:
         yield env

@@ -5,7 +5,6 @@ from datetime import timedelta
 
 import pytest
 from temporalio.client import WorkflowHistory
-from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 from temporalio.workflow import Info
@@ -15,6 +14,7 @@ from domain.ids import new_id
 from tests.workflows.record import HISTORIES
 from tests.workflows.scenarios import SCENARIOS, SOME, play, serving, time_skipping
 from worker import WORKFLOWS
+from workflows.converter import DATA_CONVERTER
 
 IDLE_S = 60
 
@@ -123,7 +123,7 @@ async def test_recorded_runs_replay(name: str) -> None:
     """The code takes every recorded run the way it went: workflows that are under way survive an upgrade."""
     history = WorkflowHistory.from_json("recorded", (HISTORIES / name).read_text())
 
-    await Replayer(workflows=WORKFLOWS, data_converter=pydantic_data_converter).replay_workflow(history)
+    await Replayer(workflows=WORKFLOWS, data_converter=DATA_CONVERTER).replay_workflow(history)
 
 
 def test_every_path_is_recorded() -> None:

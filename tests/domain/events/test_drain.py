@@ -20,9 +20,12 @@ from domain.events.drain import DrainResult, drain, lane_of, programs_with_event
 from domain.events.queries import retry
 from domain.events.retries import RetryPolicy
 from domain.locks import lock_participants
+from domain.rules.budgets import BudgetDraft
 from tests.conftest import SettableClock
-from tests.events_support import NO_RETRIES, EventProgram, attribute, counter, credit, debit, tag
+from tests.events_support import NO_RETRIES, EventProgram, attribute, counter, credit, debit, schedule, tag
 from tests.servers import Postgres
+
+BROADCAST: dict[str, Any] = {"type": "BROADCAST", "event_name": "digest"}
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +130,94 @@ async def test_due_events_are_found_by_age_whatever_their_kind(program: EventPro
     assert await found(seconds=2)
     await program.sql("update program set processing_paused = true")
     assert not await found(seconds=2)
+
+
+# --- what a batch takes ---
+
+
+@pytest.mark.parametrize(("limit", "first"), [(8, "AB abcdef"), (7, "A abcdef"), (4, "A abc"), (1, "A ")])
+async def test_waited_events_come_first_and_are_a_quarter_of_a_batch_at_most(
+    program: EventProgram, clock: SettableClock, limit: int, first: str
+) -> None:
+    """Of many that wait again and many fresh ones a batch holds both: neither kind can keep the other out."""
+    clock.set("2026-03-01T12:00:00Z")
+    points = await program.asset()
+    await program.rule("event.type == 'earn'", credit(points, "100"))
+    await program.rule("event.type == 'spend'", debit(points, "1"))
+    await program.rule("has(event.step)", attribute("trail", 'get(participant.attributes, "trail", "") + event.step'))
+    for step in "ABCDE":
+        await program.send(type="spend", step=step)
+        await program.settle(retries=RetryPolicy())
+        clock.advance(seconds=0.1)
+    assert await statuses(program) == [("PENDING", 5)]
+    await program.run(type="earn")
+    clock.advance(seconds=60)
+    await program.ingest([program.event(step=step) for step in "abcdefghijklmnopqrst"])
+
+    result = await program.batch(limit)
+
+    waited, fresh = first.split(" ")
+    assert result.completed == len(waited) + len(fresh)
+    assert await program.attributes() == {"trail": waited + fresh}
+
+
+async def test_waited_events_are_a_quarter_of_a_batch_also_where_nothing_else_is_due(
+    program: EventProgram, clock: SettableClock
+) -> None:
+    clock.set("2026-03-01T12:00:00Z")
+    points = await program.asset()
+    await program.rule("event.type == 'earn'", credit(points, "100"))
+    await program.rule("event.type == 'spend'", debit(points, "1"))
+    await program.ingest([program.event(type="spend") for _ in range(12)])
+    await program.settle(retries=RetryPolicy())
+    await program.run(type="earn")
+    clock.advance(seconds=60)
+
+    assert [(await program.batch(20)).completed for _ in range(4)] == [5, 5, 2, 0]
+
+
+# --- events that fail ---
+
+
+async def test_an_event_that_fails_leaves_nothing_of_what_its_earlier_rules_did(program: EventProgram) -> None:
+    """Follow-up events, broadcasts and what was charged to a budget go with it; those of the events beside it stay."""
+    points = await program.asset()
+    budgets = [BudgetDraft(points, "10")]
+    rule = await program.rule("true", credit(points, "5"), schedule("later", "1h"), BROADCAST, budgets=budgets)
+    await program.rule("event.fail", debit(points, "1000"))
+    names = ["alice", "bob", "carol"]
+    events = {name: await program.send(name, fail=name == "bob") for name in names}
+
+    result = await program.batch()
+
+    assert (result.completed, result.failed) == (2, 1)
+    # The budget has room for two: the third credit is covered because the second was given back.
+    assert await program.balances(points, *names) == [5, 0, 5]
+    assert await program.sql("select consumed from rule_budget where rule_id = %s", rule.id) == [(10,)]
+    made = await program.sql("select event_id, event_name from automation order by event_name, event_id")
+    stay = sorted((events["alice"], events["carol"]))
+    assert made == [(event, name) for name in ("digest", "later") for event in stay]
+
+
+async def test_an_event_that_fails_alone_changes_no_budget_and_makes_no_follow_up(program: EventProgram) -> None:
+    points = await program.asset()
+    rule = await program.rule(
+        "true",
+        credit(points, "5"),
+        schedule("later", "1h"),
+        BROADCAST,
+        budgets=[BudgetDraft(points, "10", schedule_type="INTERVAL", interval="24h")],
+    )
+    await program.rule("true", debit(points, "1000"))
+    budget = "select * from rule_budget where rule_id = %s"
+    before = await program.sql(budget, rule.id)
+    event = await program.send()
+
+    assert (await program.batch()).news is None, "nobody is to be told of what has not come to be"
+
+    assert (await program.status(event))[0] == "FAILED"
+    assert await program.sql(budget, rule.id) == before
+    assert await program.sql("select event_name from automation") == []
 
 
 # --- events that cannot be processed ---

@@ -9,6 +9,7 @@ from uuid import UUID
 import pytest
 
 from db.session import Database
+from domain import limits
 from domain.events.queries import retry
 from domain.ids import new_id
 from tests.conftest import Tenant
@@ -461,6 +462,34 @@ async def test_nobody_is_created_who_is_only_almost_reached(program: EventProgra
     assert (await program.batch()).events == 2
 
     assert await participants(program) == ["alice", "first"]
+
+
+async def test_nobody_is_left_behind_who_was_reached_until_more_was_loaded(program: EventProgram) -> None:
+    """The first event takes more lots than are read at first, so the second is tried without it and reaches further."""
+    points = await program.asset(inventory_mode="LOT")
+    await program.rule("event.type == 'earn'", credit(points, "1"))
+    await program.rule(
+        "event.type == 'collect'",
+        debit(points, "event.amount", **to_participant(external_id="event.payer")),
+        tag("collected"),
+    )
+    await program.rule(
+        "event.type == 'invite' && !('collected' in participant.tags)",
+        credit(points, "1", **to_participant(external_id="event.friend")),
+    )
+    lots = 2 * limits.SHELF_BEGINNING
+    await program.ingest([program.event("payer", type="earn") for _ in range(lots)])
+    await program.settle()
+
+    events = [
+        await program.send("alice", type="collect", payer="payer", amount=lots),
+        await program.send("alice", type="invite", friend="nobody"),
+    ]
+    assert (await program.batch()).events == 2
+
+    assert [await program.status(event) for event in events] == [("COMPLETED", None)] * 2
+    assert await participants(program) == ["alice", "payer"]
+    assert await program.sql("select count(*)::int from enrollment") == [(2,)]
 
 
 async def test_nobody_is_created_behind_an_action_that_fails(program: EventProgram) -> None:

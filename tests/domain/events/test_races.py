@@ -5,17 +5,22 @@ Contract: rules-and-events.md 7.6, 7.7; holders.md 6.9.
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
 import httpx
+import psycopg
 import pytest
 
-from db.session import Database
+from db.session import Database, Transaction
 from domain import limits, participants, state, wallet
+from domain.events import batch as batches
 from domain.events.drain import drain
 from domain.participants import StateChanges
+from domain.rules import compiled
+from domain.rules.cel import Expression, compile_expression
 from domain.rules.store import patch_rule
 from domain.wallet import WalletRequest
 from tests.conftest import Tenant
@@ -53,6 +58,22 @@ async def link(program: EventProgram, asset_id: UUID) -> None:
 
 async def all_completed(program: EventProgram) -> bool:
     return await program.sql("select distinct status from event") == [("COMPLETED",)]
+
+
+async def change_rule(program: EventProgram, rule_id: UUID, *actions: dict[str, Any]) -> None:
+    """Give a rule other actions."""
+    async with program.database.transaction(program.organization_id) as tx:
+        await patch_rule(tx, rule_id, {"actions": list(actions)})
+
+
+async def until_blocked_by(owner: psycopg.Connection[Any], holder: Transaction) -> None:
+    """Return as soon as somebody waits for a lock of `holder`."""
+    query = "select exists (select from pg_stat_activity where %s = any(pg_blocking_pids(pid)))"
+    for _ in range(10_000):
+        if owner.execute(query, (holder.connection.info.backend_pid,)).fetchone() == (True,):
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("nobody waits")
 
 
 async def adjust(client: httpx.AsyncClient, program: EventProgram, who: UUID, asset_id: UUID, **fields: Any) -> str:
@@ -213,8 +234,7 @@ async def test_rules_that_change_during_a_drain_apply_whole_or_not_at_all(progra
     await program.ingest([program.event("alice") for _ in range(40)])
 
     async def change(n: int) -> None:
-        async with program.database.transaction(program.organization_id) as tx:
-            await patch_rule(tx, rule.id, {"actions": [counter("a", str(n)), counter("b", str(n))]})
+        await change_rule(program, rule.id, counter("a", str(n)), counter("b", str(n)))
 
     async def changes() -> None:
         for n in range(2, 12):
@@ -225,3 +245,131 @@ async def test_rules_that_change_during_a_drain_apply_whole_or_not_at_all(progra
     values = await program.counters()
     assert values["a"] == values["b"] >= 40
     assert await all_completed(program)
+
+
+async def test_rules_changed_between_two_batches_are_what_the_second_one_applies(program: EventProgram) -> None:
+    rule = await program.rule("true", counter("a", "1"))
+    await program.ingest([program.event() for _ in range(4)])
+
+    assert (await program.batch(2)).completed == 2
+    await change_rule(program, rule.id, counter("b", "1"))
+    assert (await program.batch(2)).completed == 2
+
+    assert await program.counters() == {"a": 2, "b": 2}
+
+
+async def test_a_rule_made_or_archived_between_two_batches_counts_from_the_second_one_on(program: EventProgram) -> None:
+    old = await program.rule("true", counter("old", "1"))
+    await program.run()
+
+    async with program.database.transaction(program.organization_id) as tx:
+        await patch_rule(tx, old.id, {"status": "ARCHIVED"})
+    await program.rule("true", counter("new", "1"))
+    await program.run()
+
+    assert await program.counters() == {"old": 1, "new": 1}
+
+
+async def test_rules_changed_while_a_batch_waits_for_its_turn_are_what_it_applies(
+    program: EventProgram, owner: psycopg.Connection[Any]
+) -> None:
+    rule = await program.rule("true", counter("a", "1"))
+    await program.run()
+    await program.send()
+
+    async with program.database.transaction(program.organization_id) as attempt:
+        await attempt.execute("select pg_advisory_xact_lock(hashtextextended(%s, 0))", (str(program.id),))
+        batch = asyncio.create_task(program.batch())
+        await until_blocked_by(owner, attempt)
+        await change_rule(program, rule.id, counter("b", "1"))
+    assert (await batch).completed == 1
+
+    assert await program.counters() == {"a": 1, "b": 1}
+
+
+async def test_rules_changed_while_they_are_learnt_are_learnt_again(
+    program: EventProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = await program.rule("true", counter("a", "1"))
+    await program.send()
+    learnt = 0
+
+    async def learn_and_change(*args: Any) -> None:
+        nonlocal learnt
+        await compiled.learn_rules(*args)
+        learnt += 1
+        if learnt == 1:
+            await change_rule(program, rule.id, counter("b", "1"))
+
+    monkeypatch.setattr(batches, "learn_rules", learn_and_change)
+
+    assert (await program.batch()).completed == 1
+    assert learnt == 2
+    assert await program.counters() == {"b": 1}
+
+
+async def test_rules_changed_while_they_are_read_are_read_again(
+    program: EventProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old rules must never be taken for the new version: they would stay in use until the next change."""
+    rule = await program.rule("true", counter("a", "1"))
+    await program.send()
+    read = Transaction.all
+
+    async def read_and_change(tx: Transaction, statement: Any) -> Any:
+        monkeypatch.setattr(Transaction, "all", read)
+        rows = await read(tx, statement)
+        await change_rule(program, rule.id, counter("b", "1"))
+        return rows
+
+    monkeypatch.setattr(Transaction, "all", read_and_change)
+
+    assert (await program.batch()).completed == 1
+    assert await program.counters() == {"b": 1}
+
+
+async def test_rules_that_never_stop_changing_hold_up_their_own_program_and_lose_nothing(
+    program: EventProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = await program.rule("true", counter("n", "1"))
+    event = await program.send()
+    values = iter(range(2, 100))
+
+    async def learn_and_change(*args: Any) -> None:
+        await compiled.learn_rules(*args)
+        await change_rule(program, rule.id, counter("n", str(next(values))))
+
+    with monkeypatch.context() as busy:
+        busy.setattr(batches, "learn_rules", learn_and_change)
+        assert (await program.batch()).events == 0
+    assert (await program.status(event))[0] == "RECEIVED"
+    assert (await program.batch()).completed == 1
+
+    assert await program.counters() == {"n": next(values) - 1}
+
+
+async def test_rules_are_compiled_while_no_transaction_is_open(
+    program: EventProgram, database_url: str, owner: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rules at their limits take seconds to compile: nobody must wait for a lock of the batch meanwhile."""
+    await program.rule("event.page == 'compiled here for the first time'", counter("n", "1"))
+    await program.send(page="compiled here for the first time")
+    seen: list[str] = []
+    # One connection, so it is the only one that this batch can have a transaction on.
+    alone = Database(database_url, size=1, timeout_s=5, clock=program.database.clock)
+    await alone.open()
+    async with alone.transaction(program.organization_id) as tx:
+        own = tx.connection.info.backend_pid
+
+    def compile_and_look(text: str) -> Expression:
+        row = owner.execute("select state from pg_stat_activity where pid = %s", (own,)).fetchone()
+        assert row is not None
+        seen.append(row[0])
+        return compile_expression(text)
+
+    monkeypatch.setattr(compiled, "compile_expression", compile_and_look)
+    result = await replace(program, database=alone).batch()
+    await alone.close()
+
+    assert result.completed == 1
+    assert seen == ["idle"], "not `idle in transaction`"
