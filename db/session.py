@@ -39,6 +39,8 @@ REPEATABLE = (
 )
 ATTEMPTS = 4
 LOCK_TIMEOUT_MS = 5_000
+# What `refuse_late` raises (db/migrations/sql/0003_guards.sql).
+_TOO_LATE = "SC001"
 _SESSION_OPTIONS = (
     f"-c timezone=UTC -c lock_timeout={LOCK_TIMEOUT_MS} -c statement_timeout=60000"
     " -c idle_in_transaction_session_timeout=120000"
@@ -53,7 +55,10 @@ class DatabaseUnavailable(Exception):
 
 
 class OutcomeUnknown(DatabaseUnavailable):
-    """The connection was lost while the commit was under way: all of the transaction was done, or nothing."""
+    """Nobody can tell now whether it was done: all of it was, or nothing.
+
+    The connection was lost while the commit was under way, or what another process did could not be read in time.
+    """
 
 
 @dataclass(slots=True)
@@ -66,6 +71,7 @@ class Transaction:
     api_key_id: UUID | None = None
     request_id: str | None = None
     _last_statement: sql.Composable | None = None
+    _deadline: tuple[datetime, Exception] | None = None
     _after_commit: list[Callable[[], None]] = field(default_factory=list)
 
     async def execute(self, query: LiteralString, params: Any = None) -> psycopg.AsyncCursor[TupleRow]:
@@ -112,17 +118,31 @@ class Transaction:
         assert self._last_statement is None, "a transaction seals once"
         self._last_statement = statement
 
+    def commit_by(self, not_after: datetime, late: Exception) -> None:
+        """Commit until `not_after` or not at all, by the database's clock; raise `late` instead.
+
+        The database judges it in the message that commits, so that a process which stands still beforehand, for
+        however long, commits nothing afterwards.
+        """
+        assert self._deadline is None, "a transaction has one deadline"
+        self._deadline = (not_after, late)
+
     def after_commit(self, callback: Callable[[], None]) -> None:
         """Call `callback` once the transaction has committed; never if it rolls back."""
         self._after_commit.append(callback)
 
     async def _commit(self) -> None:
+        statements = [] if self._last_statement is None else [self._last_statement]
+        if self._deadline is not None:
+            # After the statement, which may have waited for its lock.
+            statements.append(sql.SQL("select refuse_late({})").format(sql.Literal(self._deadline[0])))
         try:
-            if self._last_statement is None:
-                await self.connection.execute("commit")
-            else:
-                await self.connection.execute(sql.SQL("{}; commit").format(self._last_statement))
-        except psycopg.OperationalError as error:
+            await self.connection.execute(sql.SQL("; ").join([*statements, sql.SQL("commit")]))
+        except psycopg.DatabaseError as error:
+            if self._deadline is not None and error.sqlstate == _TOO_LATE:
+                raise self._deadline[1] from None
+            if not isinstance(error, psycopg.OperationalError):
+                raise
             # An error that leaves the connection alive is Postgres's word that it rolled back.
             if not self.connection.closed:
                 raise

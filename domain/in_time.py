@@ -2,8 +2,9 @@
 
 A workflow's step may run late: after its caller has been told that nothing was done. So every order of a caller says
 until when it may be carried out, by the database's clock, which all processes share. The step refuses itself after
-that, and a caller who hasn't heard of it by then asks the database once no step can be under way any more. After that
-the answer is final, whatever workers do.
+that: the database judges it in the message that commits the step, so that no standstill of the worker lies in between.
+A caller who hasn't heard of it by then asks the database, and waits there for a commit that may be under way. After
+that the answer is final, whatever workers do.
 """
 
 from datetime import datetime
@@ -21,14 +22,10 @@ async def latest_instant(tx: Transaction, wait_s: float) -> datetime:
     return instant
 
 
-async def refuse_late(tx: Transaction, not_after: datetime | None, message: str) -> None:
-    """Refuse a step whose time is over; None is never over.
+def refuse_late(tx: Transaction, not_after: datetime | None, message: str) -> None:
+    """Have the commit of a step refused once its time is over; None is never over.
 
-    To be called when the step has its locks, because they may have been waited for. Raises Refusal
-    `service_unavailable` with `message`.
+    A step that is late has worked in vain, once: its commit raises Refusal `service_unavailable` with `message`.
     """
-    if not_after is None:
-        return
-    cursor = await tx.execute("select clock_timestamp() > %s", (not_after,))
-    if await cursor.fetchone() == (True,):
-        raise Refusal("service_unavailable", message)
+    if not_after is not None:
+        tx.commit_by(not_after, Refusal("service_unavailable", message))

@@ -76,12 +76,10 @@ async def prepare(tx: Transaction, holder: Holder, request: OperationRequest, wa
 async def reserve(tx: Transaction, reservation: Reservation) -> Reserved:
     """Make the hold, unless it has been made already or it is too late. The caller commits at once.
 
-    Raises Refusal `service_unavailable` when it is too late, and those of `balances.operate`.
+    Raises Refusal: those of `balances.operate`. Its commit raises `service_unavailable` when it is too late.
     """
-    await refuse_late(tx, reservation.not_after, TOO_LATE)
+    refuse_late(tx, reservation.not_after, TOO_LATE)
     result = await balances.operate(tx, reservation.holder, reservation.request)
-    # Only sealing and the commit come after this.
-    await refuse_late(tx, reservation.not_after, TOO_LATE)
     hold = await find_hold(tx, result.hold_id or reservation.hold_id)
     assert hold is not None, "the hold was made by this transaction or by the one that it replays"
     return Reserved(_as_asked(reservation, result), hold)

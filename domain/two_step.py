@@ -227,8 +227,8 @@ async def reverse_order(tx: Transaction, redemption_id: UUID, request: ReverseRe
 
 
 # --- the workflow's steps --------------------------------------------------------------------------------------------
-# Each is a transaction's whole work; the caller commits at once. That it isn't too late is asked when everything is
-# done and locked: only sealing and the commit come after it. A step that is late has then worked in vain, once.
+# Each is a transaction's whole work; the caller commits at once. Whether it is too late is judged by the commit itself,
+# so where a step is said to raise `service_unavailable`, its commit does. It has then worked in vain, once.
 
 
 async def reserve(tx: Transaction, reservation: Reservation) -> Reserved:
@@ -237,7 +237,7 @@ async def reserve(tx: Transaction, reservation: Reservation) -> Reserved:
     Raises Refusal `service_unavailable` when it is too late, and those of `redemptions.reserve`.
     """
     created = await redemptions.reserve(tx, reservation.request, reservation.redemption_id)
-    await refuse_late(tx, reservation.not_after, NOT_RESERVED)
+    refuse_late(tx, reservation.not_after, NOT_RESERVED)
     await faults.reach("redemption.reserved")
     replayed = created.replayed and not _is_own(reservation.request.idempotency_key)
     return Reserved(created.redemption.id, replayed, state_of(created.redemption))
@@ -249,7 +249,7 @@ async def confirm(tx: Transaction, order: ConfirmOrder) -> RedemptionState:
     Raises Refusal `service_unavailable` when it is too late for the caller, and those of `redemptions.confirm`.
     """
     confirmed = await redemptions.confirm(tx, order.redemption_id, order.request)
-    await refuse_late(tx, order.not_after, NOT_DONE)
+    refuse_late(tx, order.not_after, NOT_DONE)
     await faults.reach("redemption.confirmed")
     return state_of(confirmed)
 
@@ -260,7 +260,7 @@ async def cancel(tx: Transaction, order: CancelOrder) -> RedemptionState:
     Raises Refusal `service_unavailable` when it is too late for the caller, and those of `redemptions.cancel`.
     """
     canceled = await redemptions.cancel(tx, order.redemption_id, order.reason)
-    await refuse_late(tx, order.not_after, NOT_DONE)
+    refuse_late(tx, order.not_after, NOT_DONE)
     await faults.reach("redemption.canceled")
     return state_of(canceled)
 
@@ -271,7 +271,7 @@ async def reverse(tx: Transaction, order: ReverseOrder) -> ReversalDone:
     Raises Refusal `service_unavailable` when it is too late for the caller, and those of `redemptions.reverse`.
     """
     done = await redemptions.reverse(tx, order.redemption_id, order.request)
-    await refuse_late(tx, order.not_after, NOT_DONE)
+    refuse_late(tx, order.not_after, NOT_DONE)
     await faults.reach("redemption.reversed")
     state = await find_state(tx, order.redemption_id)
     assert state is not None, "it was reversed"

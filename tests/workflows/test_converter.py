@@ -1,4 +1,4 @@
-"""Our converter writes what the SDK's pydantic converter writes, and reads it. docs/decisions/0010-cheap-runs.md."""
+"""Our converter writes what the SDK's pydantic converter writes, and reads it. docs/decisions/0009-cheap-runs.md."""
 
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal

@@ -56,6 +56,15 @@ begin
     end loop;
 end $$;
 
+-- Sent with the commit of what is to be done until an instant or never (Transaction.commit_by): by the clock that all
+-- processes share, whatever the transaction began with and however long its client stood still.
+create function refuse_late(p_not_after timestamptz) returns void language plpgsql volatile as $$
+begin
+    if clock_timestamp() > p_not_after then
+        raise exception 'it is too late to commit' using errcode = 'SC001';
+    end if;
+end $$;
+
 -- Programs whose events, or whose automations that make one, wait longer than they should.
 create or replace function programs_with_due_events(p_older_than timestamptz, p_limit int)
 returns table (organization_id uuid, program_id uuid)
@@ -107,9 +116,11 @@ language sql stable security definer set search_path = pg_catalog, public as $$
     order by s.created_at limit p_limit
 $$;
 
-revoke all on function programs_with_fan_outs(timestamptz, int), pending_redemptions(uuid, timestamptz, uuid, int), open_simulations(int)
+revoke all on function programs_with_fan_outs(timestamptz, int), pending_redemptions(uuid, timestamptz, uuid, int), open_simulations(int),
+    refuse_late(timestamptz)
     from public;
-grant execute on function programs_with_fan_outs(timestamptz, int), pending_redemptions(uuid, timestamptz, uuid, int), open_simulations(int)
+grant execute on function programs_with_fan_outs(timestamptz, int), pending_redemptions(uuid, timestamptz, uuid, int), open_simulations(int),
+    refuse_late(timestamptz)
     to scrip_app;
 grant select, insert, update, delete on rule_budget, simulation_holder to scrip_app;
 grant select, insert, update on automation, simulation, reward, reward_usage, redemption, redemption_lot to scrip_app;

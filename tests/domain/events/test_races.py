@@ -240,7 +240,12 @@ async def test_rules_that_change_during_a_drain_apply_whole_or_not_at_all(progra
         for n in range(2, 12):
             await change(n)
 
-    await at_once(until_empty(program, 2), changes())
+    async def drains() -> None:
+        # A batch that never meets the rules it has just learnt does nothing, and whoever drains looks again.
+        while await program.sql("select id from event where status = 'RECEIVED' limit 1"):
+            await program.batch(2)
+
+    await at_once(drains(), changes())
 
     values = await program.counters()
     assert values["a"] == values["b"] >= 40
