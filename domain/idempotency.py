@@ -126,8 +126,26 @@ def payload_hash(payload: Mapping[str, Any]) -> bytes:
 
     A number and a text of the same digits differ, so an amount belongs into `payload` as a Decimal.
     """
-    canonical = orjson.dumps(payload, default=_canonical, option=orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
+    try:
+        canonical = _dump(payload)
+    except orjson.JSONEncodeError:
+        canonical = _dump(_without_wide_integers(payload))
     return hashlib.sha256(canonical).digest()
+
+
+def _dump(payload: Any) -> bytes:
+    return orjson.dumps(payload, default=_canonical, option=orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
+
+
+def _without_wide_integers(value: Any) -> Any:
+    """The same value with Decimals for integers, which orjson takes only up to 64 bits."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Decimal(value)
+    if isinstance(value, Mapping):
+        return {key: _without_wide_integers(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_wide_integers(member) for member in value]
+    return value
 
 
 def _canonical(value: Any) -> Any:

@@ -13,6 +13,11 @@ from db.session import Transaction
 from domain.errors import Refusal
 
 
+async def wait_at_most(tx: Transaction, seconds: float) -> None:
+    """Wait for no lock of this transaction longer than that: who waits in vain raises DatabaseUnavailable."""
+    await tx.execute("select set_config('lock_timeout', %s, true)", (f"{max(1, int(seconds * 1000))}ms",))
+
+
 async def latest_instant(tx: Transaction, wait_s: float) -> datetime:
     """The instant until which an order that is given now may be carried out: `wait_s` seconds from now."""
     cursor = await tx.execute("select clock_timestamp() + make_interval(secs => %s)", (wait_s,))

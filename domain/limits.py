@@ -96,6 +96,7 @@ LOST_FAN_OUT_S = 10.0
 # Simulations. A batch is one transaction; nobody waits for it but whoever cancels the simulation.
 SIMULATIONS_AT_ONCE = 5
 SIMULATION_EVENTS = 400
+SIMULATION_RULES_BYTES = 16 * 1024 * 1024
 SIMULATION_BATCH_MS = 1_000
 SIMULATION_S = 10.0
 SIMULATION_PASSES = 8

@@ -15,7 +15,7 @@ from psycopg.rows import DictRow
 
 from db import json
 from db.session import Transaction
-from domain import gates, idempotency, metadata
+from domain import gates, idempotency, limits, metadata
 from domain.errors import Problem, Refusal, not_found
 from domain.gates import Terms
 from domain.ids import new_id
@@ -24,7 +24,7 @@ from domain.ledger.holdings import load_lots
 from domain.ledger.journal import load_accounts, write
 from domain.ledger.movements import Cause, HolderType, Position
 from domain.locks import lock_groups, lock_participants
-from domain.money import EXACT, ZERO
+from domain.money import EXACT, ZERO, parse_amount
 from domain.pagination import Page, PageRequest, cut, decode_cursor, sort_name
 
 NameKind = Literal["external_id", "participant_id", "group_id"]
@@ -173,15 +173,16 @@ async def create(tx: Transaction, request: TransferRequest) -> Created:
     """Move value from the source to every recipient, or to none. Contract: redemptions.md 5.1.
 
     Ends by sealing its entry with the commit, so the caller commits at once. Raises Refusal, in this order:
-    `bad_request`, `not_found` for program and asset, `bad_request` or `invalid_scale` for an amount, `not_found` for a
-    holder, `self_transfer`, `idempotency_conflict`, `program_inactive`, `asset_not_linked`, `asset_archived`,
+    `bad_request`, `not_found` for a holder, `self_transfer`, `not_found` for program and asset, `invalid_scale`,
+    `idempotency_conflict`, `program_inactive`, `asset_not_linked`, `asset_archived`,
     `participant_inactive` or `group_archived`, `max_transaction_amount_exceeded`, `insufficient_balance`.
     """
     metadata.require_small(request.metadata)
-    terms = await gates.read_terms(tx, request.program_id, request.asset_id)
-    amounts = [terms.amount(share.amount, f"recipients[{i}].amount") for i, share in enumerate(request.shares)]
+    _amounts(request, limits.SCALE_MAX)
     source, recipients = await _resolve(tx, request)
     _require_other_recipients(source, recipients)
+    terms = await gates.read_terms(tx, request.program_id, request.asset_id)
+    amounts = _amounts(request, terms.scale)
     transfer = _transfer(tx, request, terms, source, tuple(map(Share, recipients, amounts)))
     claim = await idempotency.claim(
         tx,
@@ -219,6 +220,11 @@ async def find(tx: Transaction, wanted: TransferFilter, page: PageRequest) -> Pa
 
 
 # --- making one ------------------------------------------------------------------------------------------------------
+
+
+def _amounts(request: TransferRequest, scale: int) -> list[Decimal]:
+    """What each recipient shall get. Raises Refusal `bad_request` or `invalid_scale`."""
+    return [parse_amount(share.amount, scale, f"recipients[{i}].amount") for i, share in enumerate(request.shares)]
 
 
 async def _resolve(tx: Transaction, request: TransferRequest) -> tuple[Party, list[Party]]:

@@ -66,8 +66,11 @@ async def carry(database: Database, organization_id: UUID, simulation_id: UUID) 
     """Carry a simulation to its end, batch by batch; what was played."""
     played: list[tuple[PastEvent, Outcome]] = []
     while True:
-        async with database.transaction(organization_id) as tx:
-            done = await advance(tx, simulation_id)
+        try:
+            async with database.transaction(organization_id) as tx:
+                done = await advance(tx, simulation_id)
+        except records.Ended:
+            continue
         assert done is not None
         played += done.played
         if done.status not in records.OPEN:

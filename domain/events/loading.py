@@ -85,7 +85,10 @@ async def load_world(tx: Transaction, program: DictRow, rules: RuleSet, wanted: 
     if rules.budgeted:
         budgets.add(await load_budgets(tx, rules.budgeted, locked=locked))
     named_programs = {r.id for r in wanted.references if r.id is not None and r.kind == "PROGRAM"}
-    programs = await _programs(tx, program_id, named_programs, own=locked and (has_wallets or rules.uses_program_state))
+    if locked:
+        own = {program_id} if has_wallets or rules.uses_program_state else set()
+        await lock_programs(tx, named_programs | own)
+    programs = await _programs(tx, program_id, named_programs)
     groups = await _groups(tx, [r.id for r in wanted.references if r.id and r.kind == "GROUP"], locked=locked)
     participants = await _participants(tx, ids, locked=locked)
     if locked:
@@ -161,16 +164,18 @@ async def _external_ids(tx: Transaction, external_ids: Sequence[str]) -> list[An
     return await (await tx.execute(_EXTERNAL_IDS, (tx.organization_id, list(external_ids)))).fetchall()
 
 
-async def _programs(tx: Transaction, own_id: UUID, named: set[UUID], *, own: bool) -> dict[UUID, Holder]:
-    """The event's own program, locked with `own`, and the ones that events name, locked always: they are few.
+async def _programs(tx: Transaction, own_id: UUID, named: set[UUID]) -> dict[UUID, Holder]:
+    """The event's own program and the ones that events name.
 
     The own one counts as ACTIVE: events that it accepted before it stopped being so finish processing.
     """
-    others = named - {own_id}
-    rows = await lock_programs(tx, others | ({own_id} if own else set())) if others or own else {}
     programs = {own_id: Holder("PROGRAM", own_id)}
-    for program_id in others & rows.keys():
-        programs[program_id] = Holder("PROGRAM", program_id, status=rows[program_id]["status"])
+    if others := named - {own_id}:
+        rows = await tx.execute(
+            "select id, status from program where organization_id = %s and id = any(%s)",
+            (tx.organization_id, list(others)),
+        )
+        programs |= {id: Holder("PROGRAM", id, status=status) for id, status in await rows.fetchall()}
     return programs
 
 

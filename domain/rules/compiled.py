@@ -90,11 +90,7 @@ class RuleSet:
             directed[action.target.type if action.target is not None else "PARTICIPANT"].append(action)
         self.asset_ids = frozenset(action.asset_id for action in actions if action.asset_id is not None)
         self.taking = frozenset(pair for action in actions for pair in _takes_from(action))
-        self.has_targets = any(
-            action.target is not None
-            and (action.target.type != "PROGRAM" or action.target.id not in (None, program_id))
-            for action in actions
-        )
+        self.has_targets = any(_names_somebody(action, program_id) for action in actions)
         self.uses_program_state = bool(directed["PROGRAM"]) or any(path[0] == "program" for path in paths)
         self.reads_groups = any(path[0] in ("group", "groups") for path in paths)
         self.keys = {

@@ -1,7 +1,7 @@
 """One batch of a simulation in one transaction: read, play, count, keep.
 
-The simulation's row is locked meanwhile, so that two attempts never overlap; its cursor moves in the transaction that
-keeps what the batch has made of the holders, so that a crash leaves whole batches behind. Nothing else is written.
+Two attempts never overlap; the simulation's cursor moves in the transaction that keeps what the batch has made of the
+holders, so that a crash leaves whole batches behind. Nothing else is written.
 """
 
 from collections import OrderedDict
@@ -12,10 +12,9 @@ from threading import Lock
 from uuid import UUID
 
 from db import json
-from db.session import Transaction
+from db.session import Database, Transaction
 from db.tables import Simulation
-from domain import faults
-from domain.errors import Refusal
+from domain import faults, limits
 from domain.events.engine import Outcome
 from domain.events.loading import load_state
 from domain.events.state import Holder
@@ -24,7 +23,6 @@ from domain.rules.cel import (
     Activation,
     EvaluationError,
     Expression,
-    ExpressionError,
     compile_expression,
     evaluate_condition,
 )
@@ -32,11 +30,11 @@ from domain.rules.compiled import Keys, RuleSet
 from domain.simulations import records
 from domain.simulations.entities import Frame, read_assets, read_participants
 from domain.simulations.past import PastBatch, PastEvent, read_past
-from domain.simulations.rule_sets import PlannedRule, rule_set
 from domain.simulations.stage import Played, Stage
 from domain.simulations.tallies import Tallies
 
-RULE_SETS_CACHED = 16
+RULE_BYTES_CACHED = 2 * limits.SIMULATION_RULES_BYTES
+"""What the kept rules were saved as, about a twelfth of the memory that they take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +50,11 @@ class Advance:
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """The rules of a simulation, compiled, and their budgets."""
+    """The rules of a simulation, compiled, and their budgets; their size as they were saved."""
 
     compiled: RuleSet
     budgets: list[Budget]
+    size: int
 
 
 _cache: OrderedDict[UUID, _Rules] = OrderedDict()
@@ -77,10 +76,10 @@ on conflict (organization_id, simulation_id, entity_id) do update set is_include
 async def advance(tx: Transaction, simulation_id: UUID, progress: Callable[[], None] = lambda: None) -> Advance | None:
     """Simulate the next batch, or find that the simulation has ended; None where there is none.
 
-    `progress` is called after each event. Raises TooMuchToSimulate for what can't be simulated, ExpressionError or
-    Refusal for rules that don't compile any more, and what the database raises.
+    `progress` is called after each event. Raises TooMuchToSimulate for what can't be simulated, Ended when it was
+    cancelled meanwhile, and what the database raises.
     """
-    simulation = await records.lock(tx, simulation_id)
+    simulation = await records.take(tx, simulation_id)
     if simulation is None:
         return None
     if simulation.status not in records.OPEN:
@@ -93,7 +92,7 @@ async def advance(tx: Transaction, simulation_id: UUID, progress: Callable[[], N
         await records.end(tx, simulation_id, "COMPLETED")
         simulation.status = "COMPLETED"
         return _standing(simulation)
-    rules = _rules_of(simulation)
+    rules = _known_rules(simulation_id) or _compile(simulation, progress)
     frame = await _frame(tx, simulation, rules.compiled)
     left_out = await _left_out(tx, simulation, batches)
     stage = Stage(tx, frame, rules.budgets, batches, left_out)
@@ -112,20 +111,42 @@ def _standing(simulation: Simulation, played: Played | None = None) -> Advance:
     return Advance(status, simulation.events_done, simulation.events_total, simulation.error, outcomes)
 
 
-def _rules_of(simulation: Simulation) -> _Rules:
-    """The compiled rules, kept per process for the simulations that were carried on last."""
+async def learn_rules(
+    database: Database, organization_id: UUID, simulation_id: UUID, progress: Callable[[], None]
+) -> None:
+    """Compile the rules of a simulation; `progress` is called after each.
+
+    To be called outside any transaction before `advance`: compiling rules at their limits takes long.
+    """
+    if _known_rules(simulation_id) is not None:
+        return
+    async with database.transaction(organization_id) as tx:
+        simulation = await records.look_up(tx, simulation_id)
+    if simulation is not None:
+        _compile(simulation, progress)
+
+
+def _known_rules(simulation_id: UUID) -> _Rules | None:
     with _cache_lock:
-        known = _cache.get(simulation.id)
-    if known is not None:
-        return known
-    planned: Sequence[PlannedRule] = records.planned_rules(simulation)
-    running = [rule for rule in planned if rule.status == "ACTIVE"]
-    budgets = [budget for rule in running for budget in rule.budgets]
-    made = _Rules(rule_set(simulation.program_id, running), budgets)
+        return _cache.get(simulation_id)
+
+
+def _compile(simulation: Simulation, progress: Callable[[], None]) -> _Rules:
+    """The compiled rules, which are kept per process for the simulations that were carried on last."""
+    rules = []
+    budgets: list[Budget] = []
+    for planned in records.planned_rules(simulation):
+        if planned.status == "ACTIVE" and (rule := planned.compiled()) is not None:
+            rules.append(rule)
+            budgets += planned.budgets
+        progress()
+    compiled = RuleSet(simulation.program_id, 0, rules, {budget.rule_id for budget in budgets})
+    made = _Rules(compiled, budgets, len(json.dumps(simulation.rules)))
     with _cache_lock:
         _cache[simulation.id] = made
-        while len(_cache) > RULE_SETS_CACHED:
-            _cache.popitem(last=False)
+        total = sum(kept.size for kept in _cache.values())
+        while total > RULE_BYTES_CACHED and len(_cache) > 1:
+            total -= _cache.popitem(last=False)[1].size
     return made
 
 
@@ -219,7 +240,3 @@ def _count(simulation: Simulation, played: Played) -> None:
     if played.batches:
         last = played.batches[-1]
         simulation.last_processed_at, simulation.last_seq = last.at, last.last_seq
-
-
-UNREADABLE = (ExpressionError, Refusal)
-"""What `advance` raises where rules don't compile any more: the limits were wider when the simulation was made."""

@@ -107,15 +107,13 @@ class Meanwhile:
         self.known_to = min(filter(None, (self.known_to, more.known_to)), default=None)
         self.known_until = min(filter(None, (self.known_until, more.known_until)), default=None)
 
-    def marks_at(self, entity_id: UUID, end: Place) -> dict[UUID, int]:
-        """Up to which version each real account of this holder has been read, at the place `end`."""
-        marks: dict[UUID, int] = {}
+    def marks_at(self, end: Place) -> dict[UUID, dict[UUID, int]]:
+        """Up to which version each holder's real accounts have been read, at the place `end`."""
+        marks: dict[UUID, dict[UUID, int]] = {}
         for account_id, versions in self.read_to.items():
-            if self.owners[account_id] != entity_id:
-                continue
             behind = [version for version, sequence, at in versions if end.is_after(at, sequence)]
             if behind:
-                marks[account_id] = max(behind)
+                marks.setdefault(self.owners[account_id], {})[account_id] = max(behind)
         return marks
 
 

@@ -13,6 +13,7 @@ from uuid import UUID
 from sqlalchemy import update
 from sqlmodel import col, select
 
+from db import json
 from db.session import Database, Transaction
 from db.tables import Simulation
 from domain import eligibility, limits, programs
@@ -52,6 +53,10 @@ class SimulationRequest:
     participant_filter: str | None = None
 
 
+class Ended(Exception):
+    """The simulation was cancelled while a batch was in work, which is to be rolled back."""
+
+
 @dataclass(frozen=True, slots=True)
 class CarriedSimulation:
     """A simulation as the one who starts its workflow has to know it."""
@@ -75,6 +80,10 @@ async def create(tx: Transaction, request: SimulationRequest) -> Simulation:
     if request.participant_filter is not None:
         await eligibility.check(request.participant_filter, "participant_filter")
     rules = await plan(tx, request.program_id, request.rules, request.starts_at)
+    documents = [rule.document() for rule in rules]
+    if len(json.dumps(documents)) > limits.SIMULATION_RULES_BYTES:
+        message = f"the rules have more than {limits.SIMULATION_RULES_BYTES // 1024**2} MiB together"
+        raise bad_field("rules", message, expected="fewer or smaller rules")
     await _require_room(tx)
     basis: Basis = "BEGINNING"
     if await has_earlier(tx, request.program_id, request.starts_at):
@@ -84,7 +93,7 @@ async def create(tx: Transaction, request: SimulationRequest) -> Simulation:
         id=new_id(),
         program_id=request.program_id,
         status="PENDING",
-        rules=[rule.document() for rule in rules],
+        rules=documents,
         starts_at=request.starts_at,
         # Nothing of what happens from now on belongs to it.
         ends_at=max(request.starts_at, min(request.ends_at, tx.now)),
@@ -128,16 +137,24 @@ async def find(tx: Transaction, program_id: UUID, page: PageRequest, status: Sta
 
 
 async def cancel(tx: Transaction, simulation_id: UUID) -> None:
-    """Cancel the simulation, after the batch that may be in work; one that has ended is left as it is."""
+    """Cancel the simulation: the batch that may be in work is undone. One that has ended is left as it is."""
     await end(tx, simulation_id, "CANCELED")
 
 
-async def lock(tx: Transaction, simulation_id: UUID) -> Simulation | None:
-    """The simulation, locked until the transaction ends; None where there is none."""
-    statement = select(Simulation).where(
-        Simulation.organization_id == tx.organization_id, Simulation.id == simulation_id
+async def take(tx: Transaction, simulation_id: UUID) -> Simulation | None:
+    """The simulation, which no other batch works on until the transaction ends; None where there is none.
+
+    Its row is free meanwhile, so that whoever cancels it doesn't wait.
+    """
+    await tx.execute("select pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"simulation:{simulation_id}",))
+    return await look_up(tx, simulation_id)
+
+
+async def look_up(tx: Transaction, simulation_id: UUID) -> Simulation | None:
+    """The simulation; None where there is none."""
+    return await tx.first(
+        select(Simulation).where(Simulation.organization_id == tx.organization_id, Simulation.id == simulation_id)
     )
-    return await tx.first(statement.with_for_update(key_share=True))
 
 
 async def wait_for_batches(tx: Transaction, simulation_id: UUID) -> None:
@@ -153,7 +170,10 @@ async def wait_for_batches(tx: Transaction, simulation_id: UUID) -> None:
 
 
 async def begin(tx: Transaction, simulation: Simulation) -> None:
-    """Let a simulation, whose row is locked, begin: count its events, fix where the ledger stood before them."""
+    """Let a simulation, which was taken, begin: count its events, fix where the ledger stood before them.
+
+    Raises Ended.
+    """
     simulation.status = "RUNNING"
     simulation.sequence_before = await sequence_before(tx, simulation.starts_at)
     simulation.events_total = await count_past(tx, simulation.program_id, simulation.starts_at, simulation.ends_at)
@@ -161,13 +181,19 @@ async def begin(tx: Transaction, simulation: Simulation) -> None:
 
 
 async def save(tx: Transaction, simulation: Simulation, *columns: str) -> None:
-    """Write these columns of a simulation whose row is locked."""
+    """Write these columns of a simulation, which was taken. Raises Ended."""
     values: dict[str, Any] = {column: getattr(simulation, column) for column in columns}
-    await tx.run(
+    saved = await tx.run(
         update(Simulation)
-        .where(col(Simulation.organization_id) == tx.organization_id, col(Simulation.id) == simulation.id)
+        .where(
+            col(Simulation.organization_id) == tx.organization_id,
+            col(Simulation.id) == simulation.id,
+            col(Simulation.status).in_(OPEN),
+        )
         .values(**values, updated_at=tx.now)
     )
+    if saved == 0:
+        raise Ended
 
 
 async def end(tx: Transaction, simulation_id: UUID, status: Status, error: str | None = None) -> None:

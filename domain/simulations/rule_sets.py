@@ -4,6 +4,7 @@ A simulation may run for hours and be carried on by another process, so its rule
 that is changed in the program meanwhile changes what it does. Contract: README.md "Simulations".
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,9 +22,11 @@ from domain.ids import new_id
 from domain.money import ZERO
 from domain.rules.actions import check_references, parse_actions
 from domain.rules.budgets import Budget, BudgetDraft, load_budgets, planned, read_limits
-from domain.rules.cel import compile_expression
-from domain.rules.compiled import CompiledRule, RuleSet
+from domain.rules.cel import ExpressionError, compile_expression
+from domain.rules.compiled import CompiledRule
 from domain.rules.store import ORDER_MAX, ORDER_STEP, RuleDraft, check_window, compile_parts
+
+logger = logging.getLogger("scrip.simulations")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +84,23 @@ class PlannedRule:
         }
         return cls(**fields)
 
-    def compiled(self) -> CompiledRule:
-        """The rule as the engine runs it. Raises ExpressionError or Refusal where it doesn't compile any more."""
-        return CompiledRule(
-            id=self.id,
-            name=self.name,
-            history_id=self.id,
-            order=self.order,
-            stop_after_match=self.stop_after_match,
-            active_from=self.active_from,
-            active_to=self.active_to,
-            condition=compile_expression(self.condition),
-            actions=parse_actions(self.actions),
-        )
+    def compiled(self) -> CompiledRule | None:
+        """The rule as the engine runs it; None where it doesn't compile any more, as the engine leaves it out then."""
+        try:
+            return CompiledRule(
+                id=self.id,
+                name=self.name,
+                history_id=self.id,
+                order=self.order,
+                stop_after_match=self.stop_after_match,
+                active_from=self.active_from,
+                active_to=self.active_to,
+                condition=compile_expression(self.condition),
+                actions=parse_actions(self.actions),
+            )
+        except (ExpressionError, Refusal) as error:
+            logger.error("a simulated rule is left out: it does not compile", extra={"reason": str(error)})
+            return None
 
 
 _FIELDS = (
@@ -110,12 +117,6 @@ _FIELDS = (
     "status",
 )
 _BUDGET_FIELDS = ("asset_id", "maximum", "schedule_type", "cron_expression", "interval", "starts_at", "scale")
-
-
-def rule_set(program_id: UUID, rules: Iterable[PlannedRule]) -> RuleSet:
-    """The rules that run, as the engine takes them. Raises as `PlannedRule.compiled`."""
-    running = [rule for rule in rules if rule.status == "ACTIVE"]
-    return RuleSet(program_id, 0, [rule.compiled() for rule in running], [rule.id for rule in running if rule.budgets])
 
 
 async def plan(tx: Transaction, program_id: UUID, asked: Asked, starts_at: datetime) -> list[PlannedRule]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
@@ -19,7 +20,7 @@ from domain.events.engine import Outcome, apply_event
 from domain.events.loading import Wanted
 from domain.events.state import Holder
 from domain.events.world import Membership, QueuedEvent, Reference, World
-from domain.ledger.books import Books
+from domain.ledger.books import Books, Bucket
 from domain.ledger.journal import load_accounts
 from domain.ledger.lots import LotStatus, Selection
 from domain.ledger.movements import Position
@@ -129,12 +130,16 @@ class Stage:
 
     async def save(self, played: Played) -> None:
         """Keep what has become of the holders."""
+        marks, accounts = self.meanwhile.marks_at(played.end), self._accounts(played.world)
         rows = []
         for entity_id, before in self.snapshots.items():
             holder = played_holder(played.world, before.kind, entity_id)
             # Whoever doesn't exist yet at the end of the batch begins when they do.
             if holder is not None:
-                rows.append({"id": entity_id, "state": self._after(holder, before, played).document()})
+                after = self._after(holder, before, played)
+                after.marks = before.marks | marks.get(entity_id, {})
+                after.balances = accounts.get(entity_id, {})
+                rows.append({"id": entity_id, "state": after.document()})
         if rows:
             params = {
                 "organization_id": self._tx.organization_id,
@@ -234,20 +239,14 @@ class Stage:
     # --- afterwards --------------------------------------------------------------------------------------------------
 
     def _after(self, holder: Holder, before: Snapshot, played: Played) -> Snapshot:
-        """What has become of a holder."""
+        """What has become of a holder, but for its balances."""
         books = played.world.books
         after = replace(
             before,
             seen_at=max(before.seen_at, played.end.at),
-            marks=before.marks | self.meanwhile.marks_at(holder.id, played.end),
             tags=holder.tags,
             counters=holder.counters,
             attributes=holder.attributes,
-            balances={
-                (asset_id, account.bucket): account.balance
-                for (owner_id, asset_id, _), account in books.accounts.items()
-                if owner_id == holder.id and account.balance != ZERO and self.frame.is_followed(before.kind, asset_id)
-            },
             lots=[],
             holds=[],
             reserved=played.repeater.reserved.get(holder.id, {}),
@@ -256,6 +255,17 @@ class Stage:
         if before.kind != "PROGRAM":
             self._add_holdings(after, holder.id, books)
         return after
+
+    def _accounts(self, world: World) -> dict[UUID, dict[tuple[UUID, Bucket], Decimal]]:
+        """The followed balances of every holder that has some."""
+        found: dict[UUID, dict[tuple[UUID, Bucket], Decimal]] = {}
+        for account in world.books.accounts.values():
+            if account.entity_id is None or account.balance == ZERO:
+                continue
+            kind = self.snapshots[account.entity_id].kind
+            if self.frame.is_followed(kind, account.asset_id):
+                found.setdefault(account.entity_id, {})[account.asset_id, account.bucket] = account.balance
+        return found
 
     def _add_holdings(self, after: Snapshot, entity_id: UUID, books: Books) -> None:
         for asset_id in sorted(self.frame.followed_lots):

@@ -341,9 +341,13 @@ async def test_of_several_reasons_the_first_check_answers(open_fair: OpenFair) -
         return (await fair.refusal(request)).code
 
     assert await code(replace(worst, metadata={"x": "y" * 20_000})) == "bad_request"
-    assert await code(worst) == "invalid_scale"
-    assert await code(fair.request(alice, (alice, "9"), (new_id(), "9"), program_id=elsewhere)) == "not_found"
-    assert await code(fair.request(alice, (alice, "9"), program_id=elsewhere)) == "self_transfer"
+    assert await code(replace(worst, shares=[WantedShare(fair.name(alice), "0")])) == "bad_request"
+    assert await code(worst) == "not_found"
+    to_itself = fair.request(alice, (alice, "1.001"), program_id=elsewhere)
+    assert await code(to_itself) == "self_transfer"
+    assert await code(replace(to_itself, program_id=new_id(), asset_id=new_id())) == "self_transfer"
+    assert await code(fair.request(alice, (fair.bob, "1.001"), program_id=new_id())) == "not_found"
+    assert await code(fair.request(alice, (fair.bob, "1.001"), program_id=elsewhere)) == "invalid_scale"
     good = fair.request(alice, (fair.bob, "9"), program_id=elsewhere)
     assert await code(good) == "program_inactive"
     await fair.change(Program, elsewhere, status="ACTIVE")

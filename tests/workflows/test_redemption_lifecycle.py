@@ -260,15 +260,60 @@ class TestWithAWorker:
         assert (await counter.money())[1] == "0"
 
     async def test_a_key_makes_one_and_replays_cost_no_call(self, counter: Counter, cut_off: Counter) -> None:
-        answers = await asyncio.gather(*(counter.create("10", idempotency_key="k") for _ in range(8)))
+        answers = await asyncio.gather(*(counter.create("10", idempotency_key="k") for _ in range(20)))
         replay = await cut_off.create("10.00", idempotency_key="k")
         other = await cut_off.create("11", idempotency_key="k")
 
-        assert sorted(answer.status_code for answer in answers) == [200] * 7 + [201]
+        assert sorted(answer.status_code for answer in answers) == [200] * 19 + [201]
         assert len({answer.json()["id"] for answer in [*answers, replay]}) == 1
         assert replay.headers["Idempotent-Replayed"] == "true"
         problem(other, 409, "idempotency_conflict")
         assert await counter.money() == ("140", "10")
+        assert len(await counter.till.listed()) == 1
+
+    @pytest.mark.parametrize("key", [{}, {"idempotency_key": "k"}], ids=["keyless", "keyed"])
+    async def test_a_call_answered_503_makes_nothing_though_its_worker_goes_on(
+        self, counter: Counter, client_of: ClientOf, gateway: Gateway, key: dict[str, str]
+    ) -> None:
+        """The worker stands still with everything written and its locks held until long after the answer."""
+        brief = replace(counter, client=await client_of(gateway))
+        with faults.arm("redemption.reserved=stall:3"):
+            refused = problem(await brief.create("100", **key), 503, "service_unavailable")
+        assert "outcome is unknown" in refused["message"]
+        assert "same idempotency_key" in refused["message"]
+
+        answer = await counter.create("100", **key)
+
+        # Without its locks of its own accord: a keyless retry of all that alice has would find nothing otherwise.
+        assert (answer.status_code, answer.headers.get("Idempotent-Replayed")) == (201, None)
+        assert [made.id for made in await counter.till.listed()] == [UUID(answer.json()["id"])]
+        assert await counter.money() == ("50", "100")
+
+    async def test_an_item_is_replayed_though_its_reward_asks_for_no_confirm_any_more(self, counter: Counter) -> None:
+        reward_id = await counter.till.reward(requires_confirmation=True)
+        body = {
+            "program_id": str(counter.till.desk.program_id),
+            "reward_id": str(reward_id),
+            "expires_in_seconds": 600,
+            "idempotency_key": "k",
+        }
+        path = f"/participants/{counter.till.desk.holder.id}/redemptions/items"
+        first = await counter.post(path, body)
+        await counter.till.change_reward(reward_id, requires_confirmation=False)
+
+        replay = await counter.post(path, body)
+
+        assert (first.status_code, replay.status_code, replay.json()) == (201, 200, first.json())
+        fresh = await counter.post(path, {**body, "idempotency_key": "l"})
+        assert wrong_fields(fresh) == {"expires_in_seconds": "invalid"}
+        problem(await counter.post(path, {**body, "quantity": 2}), 409, "idempotency_conflict")
+
+    async def test_a_confirm_needs_no_body(self, counter: Counter) -> None:
+        made = await counter.made("100")
+
+        answer = await counter.client.post(f"/redemptions/{made}/confirm")
+
+        assert (answer.status_code, answer.json()["amount"]) == (200, "100.00")
 
     async def test_what_is_settled_is_answered_without_temporal(self, counter: Counter, cut_off: Counter) -> None:
         confirmed, canceled = await counter.made("10"), await counter.made("20")
