@@ -275,6 +275,8 @@ class Reference:
             surplus -= back
         _reduce(parts, "SETTLED")
         expiries = [lot.expires_at for lot, _ in parts if lot.expires_at is not None]
+        if matures_at is not None:
+            expiries = [expiry for expiry in expiries if expiry > matures_at]
         for lot, part in parts:
             lot.spend(part)
         self._inflow(holder, program, amount, expires_at or min(expiries, default=None), matures_at)
