@@ -12,10 +12,13 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
+from uuid import UUID
 
 import structlog
 from starlette.responses import Response
 
+from db.session import Database, DatabaseUnavailable, OutcomeUnknown, Transaction
+from domain.in_time import wait_at_most
 from settings import Settings
 from workflows.gateway import TemporalUnavailable
 
@@ -25,6 +28,7 @@ T = TypeVar("T")
 
 # The rest of the wait is for asking the database what has become of the order.
 _SHARE_OF_WAIT = 0.8
+_GRACE_S = 0.5
 
 
 class Afterwards(Response):
@@ -38,6 +42,33 @@ class Afterwards(Response):
 def wait_of(settings: Settings) -> float:
     """How many seconds an order may take that a workflow carries out; it says so itself, as `not_after`."""
     return settings.temporal_timeout_s * _SHARE_OF_WAIT
+
+
+def patience_of(settings: Settings) -> float:
+    """How many seconds a lock is waited for to see what has become of an order: the rest of the wait, and grace."""
+    return settings.temporal_timeout_s * (1 - _SHARE_OF_WAIT) + _GRACE_S
+
+
+async def look(
+    database: Database,
+    organization_id: UUID,
+    work: Callable[[Transaction], Awaitable[T]],
+    patience_s: float | None = None,
+) -> T:
+    """Run `work` in a transaction after an order, waiting for a lock no longer than `patience_s` (None: as usual).
+
+    Raises OutcomeUnknown where the database doesn't answer: without it nobody knows what was done.
+    """
+
+    async def patiently(tx: Transaction) -> T:
+        if patience_s is not None:
+            await wait_at_most(tx, patience_s)
+        return await work(tx)
+
+    try:
+        return await database.repeat(organization_id, patiently)
+    except DatabaseUnavailable as error:
+        raise OutcomeUnknown(f"what was done could not be read: {error}") from error
 
 
 async def in_time(ask: Callable[[], Awaitable[T]], outcome: Callable[[], Awaitable[T]], wait_s: float) -> T:

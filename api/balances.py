@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.afterwards import Afterwards, in_time, wait_of
+from api.afterwards import Afterwards, in_time, look, patience_of, wait_of
 from api.models import (
     AmountText,
     Boolean,
@@ -288,7 +288,7 @@ async def make_timed_hold(
     # What is wrong whoever looks at it is said at once, with or without Temporal.
     balances.require_future_end(request, tx.now)
     wait_s = wait_of(services.settings)
-    reservation = await timed_holds.prepare(tx, holder, request, wait_s)
+    reservation = timed_holds.prepare(tx, holder, request, wait_s)
 
     async def work() -> Response:
         made = await in_time(
@@ -300,12 +300,14 @@ async def make_timed_hold(
 
 
 async def _outcome(services: ApiServices, reservation: Reservation) -> OperationResult:
-    async with services.database.transaction(reservation.organization_id) as tx:
+    async def ask(tx: Transaction) -> OperationResult:
         found = await timed_holds.outcome(tx, reservation)
         if found is None:
             # Rolls the transaction back, so the key stays unused.
             raise Refusal("service_unavailable", timed_holds.TOO_LATE)
         return found
+
+    return await look(services.database, reservation.organization_id, ask, patience_of(services.settings))
 
 
 def tell_ended_holds(tx: Transaction, services: ApiServices, result: AdjustResult | OperationResult) -> None:

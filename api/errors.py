@@ -135,7 +135,7 @@ async def _on_database_unavailable(request: Request, error: Exception) -> JsonRe
 
 async def _on_outcome_unknown(request: Request, error: Exception) -> JsonResponse:
     message = (
-        "the connection to the database was lost during the commit, so the outcome is unknown: repeat the call with"
+        "the outcome is unknown, because the database did not say in time whether this was done: repeat the call with"
         " the same idempotency_key; if it had none, look whether it was done before repeating it"
     )
     return _answer(request, 503, "service_unavailable", message)
@@ -184,8 +184,9 @@ def _shown(value: Any) -> str | None:
         text = "object"
     elif isinstance(value, list):
         text = "array"
-    elif isinstance(value, Decimal):
-        text = str(value)
+    elif isinstance(value, Decimal | int):
+        # A Decimal writes any number of digits; an int refuses thousands.
+        text = str(Decimal(value))
     else:
         text = type(value).__name__
     return text[:_SHOWN_CHARS] if text is not None else None
@@ -233,11 +234,23 @@ _EXPECTED = {
 }
 
 
+_BOUNDS = {
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "at least {min_length} items",
+    "too_long": "at most {max_length} items",
+}
+
+
 def _expected(kind: str, context: Mapping[str, Any]) -> str:
     if "expected" in context:
         return str(context["expected"])
     if kind in _EXPECTED:
         return _EXPECTED[kind]
+    if kind in _BOUNDS:
+        return _BOUNDS[kind].format(**context)
     name = kind.split("_", 1)[0]
     names = {"int": "integer", "uuid": "uuid", "bool": "boolean", "datetime": "timestamp", "decimal": "decimal string"}
     return names.get(name, "<any>")

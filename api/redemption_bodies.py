@@ -1,14 +1,18 @@
 """Redemptions and reversals as the API shows them. Contract: redemptions.md 2, 2.5 and 3.2."""
 
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 from pydantic import Field
 
-from api.models import ResponseModel, Timestamp, omittable
+from api.models import Integer, ResponseModel, Timestamp, omittable
+from domain import limits
 from domain.clock import format_timestamp
 from domain.money import format_amount
 from domain.redemptions import Redemption, RedemptionStatus, Reversal
+
+Quantity = Annotated[Integer, Field(ge=1, le=limits.UNITS_PER_REDEMPTION)]
+"""How many units of an item."""
 
 
 class RedemptionOut(ResponseModel):

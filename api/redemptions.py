@@ -13,7 +13,7 @@ from starlette.responses import Response
 from api.balances import Duration
 from api.models import AmountText, Boolean, Description, IdempotencyKey, Integer, ListOf, RequestModel
 from api.queries import From, PageOf50, To, pagination_of
-from api.redemption_bodies import RedemptionOut, ReversalOut, present, present_reversal
+from api.redemption_bodies import Quantity, RedemptionOut, ReversalOut, present, present_reversal
 from api.responses import JsonResponse, respond_dict
 from api.route import ApiServices, Tx, make_router
 from api.two_step import two_step_create, two_step_reverse
@@ -33,8 +33,6 @@ from domain.redemptions.records import fetch
 router = make_router("Redemptions")
 
 _SHORTEST_S, _LONGEST_S = int(SHORTEST_EXPIRY.total_seconds()), int(LONGEST_EXPIRY.total_seconds())
-
-Quantity = Annotated[Integer, Field(ge=1)]
 
 
 class _RedemptionBody(RequestModel):
@@ -131,13 +129,13 @@ class Reverse(RequestModel):
 @router.post("/participants/{id}/redemptions", status_code=201, response_model=RedemptionOut)
 async def redeem_amount(request: Request, tx: Tx, id: UUID, body: AmountRedemption) -> Response:
     """Spend an amount of AVAILABLE value."""
-    return await _create(tx, request.app.state.services, body.request(id))
+    return await _create(tx, request.app.state.services, body, body.request(id))
 
 
 @router.post("/participants/{id}/redemptions/items", status_code=201, response_model=RedemptionOut)
 async def redeem_item(request: Request, tx: Tx, id: UUID, body: ItemRedemption) -> Response:
     """Buy an item of the catalog."""
-    return await _create(tx, request.app.state.services, body.request(id))
+    return await _create(tx, request.app.state.services, body, body.request(id))
 
 
 @router.get("/participants/{id}/redemptions", response_model=ListOf[RedemptionOut])
@@ -189,9 +187,13 @@ async def list_reversals(tx: Tx, id: UUID, page: PageOf50) -> JsonResponse:
     return respond_dict({"data": data, "pagination": pagination_of(found).model_dump()})
 
 
-async def _create(tx: Transaction, services: ApiServices, request: RedemptionRequest) -> Response:
-    created = None if request.requires_confirmation else await redemptions.create(tx, request)
+async def _create(
+    tx: Transaction, services: ApiServices, body: _RedemptionBody, request: RedemptionRequest
+) -> Response:
+    # A refusal names the field that was sent.
+    field = "expires_in_seconds" if body.expires_in is None else "expires_in"
+    created = None if request.requires_confirmation else await redemptions.create(tx, request, expiry_field=field)
     if created is None:
-        return await two_step_create(tx, services, request)
+        return await two_step_create(tx, services, request, expiry_field=field)
     replayed = created.replayed
     return respond_dict(present(created.redemption), 200 if replayed else 201, replayed=replayed)

@@ -6,19 +6,19 @@ carried out by the redemption's workflow, in time or never.
 
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import Annotated, TypeVar
+from typing import TypeVar
 from uuid import UUID
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.afterwards import Afterwards, in_time, wait_of
-from api.models import AmountText, Description, IdempotencyKey, Integer, RequestModel
-from api.redemption_bodies import RedemptionOut, present, present_reversal
+from api.afterwards import Afterwards, in_time, look, patience_of, wait_of
+from api.models import AmountText, Description, IdempotencyKey, RequestModel
+from api.redemption_bodies import Quantity, RedemptionOut, present, present_reversal
 from api.responses import respond_dict
 from api.route import ApiServices, Tx, make_router
-from db.session import DatabaseUnavailable, OutcomeUnknown, Transaction
+from db.session import Transaction
 from domain import redemptions, two_step
 from domain.redemptions import (
     ConfirmRequest,
@@ -40,9 +40,7 @@ class Confirm(RequestModel):
     """How much of what is reserved to take; everything if neither amount nor quantity is sent."""
 
     amount: AmountText | None = Field(default=None, description="For everything but UNIT_BASED items.")
-    quantity: Annotated[Integer, Field(ge=1)] | None = Field(
-        default=None, description="For UNIT_BASED items: how many units."
-    )
+    quantity: Quantity | None = Field(default=None, description="For UNIT_BASED items: how many units.")
     idempotency_key: IdempotencyKey | None = None
 
     def request(self) -> ConfirmRequest:
@@ -57,16 +55,16 @@ class Cancel(RequestModel):
 
 
 @router.post("/redemptions/{id}/confirm", response_model=RedemptionOut)
-async def confirm_redemption(request: Request, tx: Tx, id: UUID, body: Confirm) -> Response:
+async def confirm_redemption(request: Request, tx: Tx, id: UUID, body: Confirm | None = None) -> Response:
     """Take what a pending redemption reserves, or a part of it; the rest goes back."""
     services: ApiServices = request.app.state.services
-    confirm = body.request()
+    confirm = (body or Confirm()).request()
     redemption = await fetch(tx, id)
     if _is_settled(redemption, tx.now):
         return _settled(await redemptions.confirm(tx, id, confirm))
     await redemptions.require_confirmable(tx, redemption, confirm)
     wait_s = wait_of(services.settings)
-    order = await two_step.confirm_order(tx, id, confirm, wait_s)
+    order = two_step.confirm_order(tx, id, confirm, wait_s)
     return _ordered(
         tx,
         services,
@@ -84,7 +82,7 @@ async def cancel_redemption(request: Request, tx: Tx, id: UUID, body: Cancel) ->
     if _is_settled(redemption, tx.now):
         return _settled(await redemptions.cancel(tx, id, body.reason))
     wait_s = wait_of(services.settings)
-    order = await two_step.cancel_order(tx, id, body.reason, wait_s)
+    order = two_step.cancel_order(tx, id, body.reason, wait_s)
     return _ordered(
         tx,
         services,
@@ -94,25 +92,31 @@ async def cancel_redemption(request: Request, tx: Tx, id: UUID, body: Cancel) ->
     )
 
 
-async def two_step_create(tx: Transaction, services: ApiServices, request: RedemptionRequest) -> Response:
+async def two_step_create(
+    tx: Transaction, services: ApiServices, request: RedemptionRequest, *, expiry_field: str
+) -> Response:
     """Reserve a redemption that is to be confirmed. Contract: redemptions.md 3.2.
 
     A replay costs no call of Temporal. Refused with `service_unavailable` when no worker reserved it in time; nothing
     is reserved then, nor will be. Raises Refusal.
     """
-    made = await redemptions.consider_reservation(tx, request)
+    made = await redemptions.consider_reservation(tx, request, expiry_field=expiry_field)
     if made is not None:
         return _created(Created(made, replayed=True))
     organization_id, wait_s = tx.organization_id, wait_of(services.settings)
-    reservation = await two_step.prepare(tx, request, wait_s)
+    reservation = two_step.prepare(tx, request, wait_s)
 
     async def ask() -> Created:
         reserved = await services.gateway.reserve_redemption(reservation, wait_s)
-        record = await _then(services, organization_id, lambda later: redemptions.get(later, reserved.redemption_id))
+        record = await look(
+            services.database, organization_id, lambda later: redemptions.get(later, reserved.redemption_id)
+        )
         return Created(record, reserved.replayed)
 
     async def outcome() -> Created:
-        return await _then(services, organization_id, lambda later: two_step.outcome_of_reservation(later, reservation))
+        return await _outcome(
+            services, organization_id, lambda later: two_step.outcome_of_reservation(later, reservation)
+        )
 
     async def work() -> Response:
         return _created(await in_time(ask, outcome, wait_s))
@@ -131,18 +135,20 @@ async def two_step_reverse(
     if made is not None:
         return _reversed(Reversed(made, replayed=True))
     organization_id, wait_s = tx.organization_id, wait_of(services.settings)
-    order = await two_step.reverse_order(tx, redemption.id, request, wait_s)
+    order = two_step.reverse_order(tx, redemption.id, request, wait_s)
 
     async def ask() -> Reversed:
         done = await services.gateway.reverse_redemption(_carried(organization_id, redemption), order, wait_s)
-        record = await _then(
-            services, organization_id, lambda later: redemptions.consider_reversal(later, redemption, order.request)
+        record = await look(
+            services.database,
+            organization_id,
+            lambda later: redemptions.consider_reversal(later, redemption, order.request),
         )
         assert record is not None, "the order's key has been used"
         return Reversed(record, done.replayed)
 
     async def outcome() -> Reversed:
-        return await _then(services, organization_id, lambda later: two_step.outcome_of_reversal(later, order))
+        return await _outcome(services, organization_id, lambda later: two_step.outcome_of_reversal(later, order))
 
     async def work() -> Response:
         return _reversed(await in_time(ask, outcome, wait_s))
@@ -163,10 +169,10 @@ def _ordered(
 
     async def asked() -> Redemption:
         await ask(_carried(organization_id, redemption))
-        return await _then(services, organization_id, lambda later: redemptions.get(later, redemption.id))
+        return await look(services.database, organization_id, lambda later: redemptions.get(later, redemption.id))
 
     async def outcome() -> Redemption:
-        return await _then(
+        return await _outcome(
             services,
             organization_id,
             lambda later: two_step.outcome_of_order(later, redemption, lambda: again(later)),
@@ -180,12 +186,9 @@ def _ordered(
     return Afterwards(work)
 
 
-async def _then(services: ApiServices, organization_id: UUID, work: Callable[[Transaction], Awaitable[T]]) -> T:
-    """Run `work` in a transaction after the order. Raises OutcomeUnknown: without it nobody knows what was done."""
-    try:
-        return await services.database.repeat(organization_id, work)
-    except DatabaseUnavailable as error:
-        raise OutcomeUnknown(f"what was done could not be read: {error}") from error
+async def _outcome(services: ApiServices, organization_id: UUID, work: Callable[[Transaction], Awaitable[T]]) -> T:
+    """What has become of an order whose time is over. Raises OutcomeUnknown where a step under way doesn't end soon."""
+    return await look(services.database, organization_id, work, patience_of(services.settings))
 
 
 def _carried(organization_id: UUID, redemption: Redemption) -> CarriedRedemption:

@@ -63,13 +63,17 @@ class OutcomeUnknown(DatabaseUnavailable):
 
 @dataclass(slots=True)
 class Transaction:
-    """An open transaction of one organization: the connection, who asked, and the instant it all happens at."""
+    """An open transaction of one organization: the connection, who asked, and the instant it all happens at.
+
+    `begun_at` is when it began by the database's clock, which all processes share; `now` is by the application's.
+    """
 
     connection: AsyncConnection[Any]
     organization_id: UUID
     now: datetime
     api_key_id: UUID | None = None
     request_id: str | None = None
+    begun_at: datetime | None = None
     _last_statement: sql.Composable | None = None
     _deadline: tuple[datetime, Exception] | None = None
     _after_commit: list[Callable[[], None]] = field(default_factory=list)
@@ -217,9 +221,12 @@ class Database:
 
         Raises DatabaseUnavailable when no connection can be had, OutcomeUnknown when it is lost during the commit.
         """
-        begin = sql.SQL("begin; select set_config('app.org', {}, true)").format(sql.Literal(str(organization_id)))
-        async with self._begun(begin) as (connection, _):
-            tx = Transaction(connection, organization_id, self.clock(), api_key_id, request_id)
+        begin = sql.SQL("begin; select clock_timestamp(), set_config('app.org', {}, true)").format(
+            sql.Literal(str(organization_id))
+        )
+        async with self._begun(begin) as (connection, found):
+            assert found is not None, "it selects one row"
+            tx = Transaction(connection, organization_id, self.clock(), api_key_id, request_id, found[0])
             yield tx
             await tx._commit()
 
@@ -230,14 +237,15 @@ class Database:
         The key is looked up in the message that begins the transaction, so authentication costs no round trip and a
         revoked key is refused from the very next request on. Raises what `transaction` raises.
         """
-        begin = sql.SQL("begin; select * from login({})").format(sql.Literal(key_hash))
+        begin = sql.SQL("begin; select clock_timestamp(), l.* from login({}) l").format(sql.Literal(key_hash))
         async with self._begun(begin) as (connection, found):
             if found is None:
                 yield None
                 await connection.execute("rollback")
                 return
-            login = Login(*found)
-            tx = Transaction(connection, login.organization_id, self.clock(), login.api_key_id, request_id)
+            begun_at, *columns = found
+            login = Login(*columns)
+            tx = Transaction(connection, login.organization_id, self.clock(), login.api_key_id, request_id, begun_at)
             yield tx, login
             await tx._commit()
 

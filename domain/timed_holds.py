@@ -55,8 +55,10 @@ class Reserved:
     hold: HoldState
 
 
-async def prepare(tx: Transaction, holder: Holder, request: OperationRequest, wait_s: float) -> Reservation:
-    """The reservation that this request for a hold with an end asks for; it may be made for `wait_s` seconds from now.
+def prepare(tx: Transaction, holder: Holder, request: OperationRequest, wait_s: float) -> Reservation:
+    """The reservation that this request for a hold with an end asks for.
+
+    It may be made for `wait_s` seconds from the transaction's begin.
 
     Raises Refusal `bad_request` for an end more than a hundred years ahead. Contract: README.md "Identifiers".
     """
@@ -67,7 +69,7 @@ async def prepare(tx: Transaction, holder: Holder, request: OperationRequest, wa
         tx.organization_id,
         holder,
         replace(request, hold_id=hold_id, idempotency_key=key or f"{_OWN_KEY}{hold_id}"),
-        await latest_instant(tx, wait_s),
+        latest_instant(tx, wait_s),
         tx.api_key_id,
         tx.request_id,
     )

@@ -168,7 +168,7 @@ class ReversalDone:
 # --- what callers ask for --------------------------------------------------------------------------------------------
 
 
-async def prepare(tx: Transaction, request: RedemptionRequest, wait_s: float) -> Reservation:
+def prepare(tx: Transaction, request: RedemptionRequest, wait_s: float) -> Reservation:
     """The reservation that this request for a two-step redemption asks for; it may be made for `wait_s` seconds.
 
     Contract: README.md "Identifiers" (the redemption's id).
@@ -179,18 +179,18 @@ async def prepare(tx: Transaction, request: RedemptionRequest, wait_s: float) ->
         tx.organization_id,
         redemption_id,
         replace(request, idempotency_key=key or f"{_OWN_KEY}{redemption_id}"),
-        await latest_instant(tx, wait_s),
+        latest_instant(tx, wait_s),
         tx.api_key_id,
         tx.request_id,
     )
 
 
-async def confirm_order(tx: Transaction, redemption_id: UUID, request: ConfirmRequest, wait_s: float) -> ConfirmOrder:
-    """The order that this request asks for; it may be carried out for `wait_s` seconds from now."""
+def confirm_order(tx: Transaction, redemption_id: UUID, request: ConfirmRequest, wait_s: float) -> ConfirmOrder:
+    """The order that this request asks for; it may be carried out for `wait_s` seconds from the transaction's begin."""
     return ConfirmOrder(
         organization_id=tx.organization_id,
         redemption_id=redemption_id,
-        not_after=await latest_instant(tx, wait_s),
+        not_after=latest_instant(tx, wait_s),
         api_key_id=tx.api_key_id,
         request_id=tx.request_id,
         amount=request.amount,
@@ -199,24 +199,24 @@ async def confirm_order(tx: Transaction, redemption_id: UUID, request: ConfirmRe
     )
 
 
-async def cancel_order(tx: Transaction, redemption_id: UUID, reason: str, wait_s: float) -> CancelOrder:
-    """The order that this request asks for; it may be carried out for `wait_s` seconds from now."""
+def cancel_order(tx: Transaction, redemption_id: UUID, reason: str, wait_s: float) -> CancelOrder:
+    """The order that this request asks for; it may be carried out for `wait_s` seconds from the transaction's begin."""
     return CancelOrder(
         organization_id=tx.organization_id,
         redemption_id=redemption_id,
-        not_after=await latest_instant(tx, wait_s),
+        not_after=latest_instant(tx, wait_s),
         api_key_id=tx.api_key_id,
         request_id=tx.request_id,
         reason=reason,
     )
 
 
-async def reverse_order(tx: Transaction, redemption_id: UUID, request: ReverseRequest, wait_s: float) -> ReverseOrder:
-    """The order that this request asks for; it may be carried out for `wait_s` seconds from now."""
+def reverse_order(tx: Transaction, redemption_id: UUID, request: ReverseRequest, wait_s: float) -> ReverseOrder:
+    """The order that this request asks for; it may be carried out for `wait_s` seconds from the transaction's begin."""
     return ReverseOrder(
         organization_id=tx.organization_id,
         redemption_id=redemption_id,
-        not_after=await latest_instant(tx, wait_s),
+        not_after=latest_instant(tx, wait_s),
         api_key_id=tx.api_key_id,
         request_id=tx.request_id,
         reason=request.reason,

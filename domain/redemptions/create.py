@@ -105,19 +105,19 @@ class _Order:
     unit_cost: Decimal | None = None
 
 
-async def consider_reservation(tx: Transaction, request: RedemptionRequest) -> Redemption | None:
+async def consider_reservation(
+    tx: Transaction, request: RedemptionRequest, *, expiry_field: str = "expires_in_seconds"
+) -> Redemption | None:
     """What the first use of the request's key made; None where there was none and, as things stand, it can be reserved.
 
     For who is about to have it reserved by a workflow: what is to be refused is refused without one. Nothing is locked,
-    so `reserve` judges again. Raises what `reserve` raises.
+    so `reserve` judges again. `expiry_field` is what the caller named `expires_in`. Raises what `reserve` raises.
     """
     setting = await _read(tx, request)
-    sent_amount = _check_shape(request, setting, two_step=True)
-    if request.idempotency_key is not None:
-        payload = _payload(request, sent_amount)
-        found = await idempotency.find(tx, request.program_id, "redemption", request.idempotency_key, payload)
-        if found is not None:
-            return await get(tx, UUID(found["redemption_id"]))
+    sent_amount = _check_shape(request, setting, expiry_field)
+    made = await _find(tx, request, sent_amount)
+    if made is not None:
+        return made
     reward = None
     if request.reward_id is not None and setting.is_unit_based is not None:
         reward = await rewards.get(tx, request.program_id, request.reward_id)
@@ -131,8 +131,12 @@ async def consider_reservation(tx: Transaction, request: RedemptionRequest) -> R
     return None
 
 
-async def create(tx: Transaction, request: RedemptionRequest) -> Created | None:
+async def create(
+    tx: Transaction, request: RedemptionRequest, *, expiry_field: str = "expires_in_seconds"
+) -> Created | None:
     """Redeem at once; None, and nothing is done, where it takes two steps. Contract: redemptions.md 2.1 and 2.2.
+
+    `expiry_field` is what the caller named `expires_in`.
 
     Raises Refusal: `bad_request`, `invalid_scale`, `idempotency_conflict`, `not_found`, `participant_inactive`,
     `program_inactive`, `asset_archived`, `asset_not_linked`, `reward_not_available`, `participant_limit_exceeded`,
@@ -140,10 +144,16 @@ async def create(tx: Transaction, request: RedemptionRequest) -> Created | None:
     `conflict` where the program's target is the participant itself.
     """
     setting = await _read(tx, request)
-    two_step = _asks_for_two_steps(request, setting)
-    sent_amount = _check_shape(request, setting, two_step=two_step)
-    if two_step:
+    sent_amount = _check_shape(request, setting, expiry_field)
+    if request.requires_confirmation or setting.requires_confirmation:
         return None
+    if request.expires_in is not None:
+        # It may have taken two steps when the key was first used: the reward's flag can change.
+        made = await _find(tx, request, sent_amount)
+        if made is None:
+            message = "only a redemption that requires a confirmation expires"
+            raise bad_field(expiry_field, message, expected="absent")
+        return Created(made, replayed=True)
     return await _make(tx, request, setting, sent_amount, new_id(), two_step=False)
 
 
@@ -155,7 +165,7 @@ async def reserve(tx: Transaction, request: RedemptionRequest, redemption_id: UU
     the step repeatable, and is not kept with the redemption. Raises what `create` raises.
     """
     setting = await _read(tx, request)
-    sent_amount = _check_shape(request, setting, two_step=True)
+    sent_amount = _check_shape(request, setting)
     return await _make(tx, request, setting, sent_amount, redemption_id, two_step=True)
 
 
@@ -270,16 +280,21 @@ async def _order(
     return _Order(amount, description, None, reward.unit_cost)
 
 
-def _check_shape(request: RedemptionRequest, setting: _Setting, *, two_step: bool) -> Decimal | None:
-    """The amount that was sent, None where units were asked for. Raises Refusal `bad_request` or `invalid_scale`."""
+def _check_shape(
+    request: RedemptionRequest, setting: _Setting, expiry_field: str = "expires_in_seconds"
+) -> Decimal | None:
+    """The amount that was sent, None where units were asked for. Raises Refusal `bad_request` or `invalid_scale`.
+
+    What a reward says for good decides here, and nothing that may have changed since the key was first used.
+    """
     metadata.require_small(request.metadata)
-    _check_expiry(request.expires_in, two_step=two_step)
+    _check_expiry(request.expires_in, expiry_field)
     if setting.is_unit_based:
         if request.amount is not None:
             raise bad_field("amount", "must not be sent for a UNIT_BASED reward", expected="absent")
         if request.quantity is not None and not 1 <= request.quantity <= limits.UNITS_PER_REDEMPTION:
-            message = f"must be 1 to {limits.UNITS_PER_REDEMPTION}"
-            raise bad_field("quantity", message, expected="integer", received=request.quantity)
+            expected = f"1 to {limits.UNITS_PER_REDEMPTION}"
+            raise bad_field("quantity", f"must be {expected}", expected=expected, received=request.quantity)
         return None
     if request.quantity is not None and setting.is_unit_based is False:
         raise bad_field("quantity", "must not be sent for an AMOUNT_BASED reward", expected="absent")
@@ -291,22 +306,23 @@ def _check_shape(request: RedemptionRequest, setting: _Setting, *, two_step: boo
     return parse_amount(request.amount, limits.SCALE_MAX if setting.terms is None else setting.terms.scale)
 
 
-def _check_expiry(expires_in: timedelta | None, *, two_step: bool) -> None:
-    if expires_in is None:
+def _check_expiry(expires_in: timedelta | None, field: str) -> None:
+    if expires_in is None or SHORTEST_EXPIRY <= expires_in <= LONGEST_EXPIRY:
         return
-    if not two_step:
-        message = "only a redemption that requires a confirmation expires"
-        raise bad_field("expires_in_seconds", message, expected="absent")
-    if not SHORTEST_EXPIRY <= expires_in <= LONGEST_EXPIRY:
-        shortest, longest = int(SHORTEST_EXPIRY.total_seconds()), int(LONGEST_EXPIRY.total_seconds())
-        raise bad_field("expires_in_seconds", f"must be {shortest} to {longest} seconds", expected="integer")
+    expected = f"{int(SHORTEST_EXPIRY.total_seconds())} to {int(LONGEST_EXPIRY.total_seconds())} seconds"
+    raise bad_field(field, f"must be {expected}", expected=expected)
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------
 
 
-def _asks_for_two_steps(request: RedemptionRequest, setting: _Setting) -> bool:
-    return request.requires_confirmation or setting.requires_confirmation
+async def _find(tx: Transaction, request: RedemptionRequest, amount: Decimal | None) -> Redemption | None:
+    """What the first use of the request's key made, as it is now. Raises Refusal `idempotency_conflict`."""
+    if request.idempotency_key is None:
+        return None
+    payload = _payload(request, amount)
+    found = await idempotency.find(tx, request.program_id, "redemption", request.idempotency_key, payload)
+    return None if found is None else await get(tx, UUID(found["redemption_id"]))
 
 
 async def _read(tx: Transaction, request: RedemptionRequest) -> _Setting:

@@ -32,7 +32,7 @@ _FINAL_HOLD: dict[_End, HoldStatus] = {"CANCELED": "RELEASED", "EXPIRED": "EXPIR
 
 _OVERDUE_OF_PARTICIPANT = f"""
 {SELECT} and r.participant_id = %(participant_id)s and r.status = 'PENDING' and r.expires_at <= %(now)s
-order by r.expires_at, r.id limit {limits.DUE_REDEMPTIONS}
+order by r.expires_at, r.id limit %(limit)s
 """
 
 _OVERDUE = """
@@ -52,7 +52,7 @@ where organization_id = %(organization_id)s and id = %(id)s
 
 _ENDED = """
 update redemption set status = %(status)s, canceled_at = %(canceled_at)s, cancel_reason = %(cancel_reason)s,
-    updated_at = %(now)s
+    updated_at = greatest(updated_at, %(now)s)
 where organization_id = %(organization_id)s and id = any(%(ids)s)
 """
 
@@ -165,7 +165,12 @@ async def expire_due(tx: Transaction, participant_id: UUID) -> int:
 
     At most `limits.DUE_REDEMPTIONS`, the longest overdue first.
     """
-    params = {"organization_id": tx.organization_id, "participant_id": participant_id, "now": tx.now}
+    params = {
+        "organization_id": tx.organization_id,
+        "participant_id": participant_id,
+        "now": tx.now,
+        "limit": limits.DUE_REDEMPTIONS,
+    }
     overdue = [Redemption(*row) for row in await (await tx.execute(_OVERDUE_OF_PARTICIPANT, params)).fetchall()]
     if not overdue:
         return 0
@@ -214,7 +219,7 @@ def _taking(redemption: Redemption, request: ConfirmRequest) -> _Taking:
         assert redemption.unit_cost is not None
         if not 1 <= request.quantity <= most:
             message = f"must be 1 to {most}, which is what is reserved"
-            raise bad_field("quantity", message, expected="integer", received=request.quantity)
+            raise bad_field("quantity", message, expected=f"1 to {most}", received=request.quantity)
         return _Taking(EXACT.multiply(redemption.unit_cost, Decimal(request.quantity)), request.quantity)
     if request.quantity is not None:
         raise bad_field("quantity", "only a UNIT_BASED item is confirmed by quantity", expected="absent")
@@ -269,7 +274,8 @@ async def _take(tx: Transaction, redemption: Redemption, taking: _Taking, key: s
     redemption.amount, redemption.quantity = taking.amount, taking.quantity
     redemption.journal_entry_id = cause.entry_id
     redemption.target_lot_id = None if made is None else made.id
-    redemption.confirmed_at = redemption.updated_at = tx.now
+    # The transaction may have begun before one that it then waited for.
+    redemption.confirmed_at = redemption.updated_at = max(tx.now, redemption.updated_at)
     if key is not None:
         redemption.confirm_key, redemption.confirm_hash = key, taking.hash
     params = {"organization_id": tx.organization_id, **asdict(redemption)}
@@ -304,7 +310,7 @@ async def _end(tx: Transaction, redemptions: Collection[Redemption], end: _End, 
         if redemption.reward_id is not None and redemption.quantity is not None:
             await rewards.give_back(tx, redemption.reward_id, redemption.participant_id, redemption.quantity)
         redemption.status = end
-        redemption.updated_at = tx.now
+        redemption.updated_at = max(tx.now, redemption.updated_at)
         if end == "CANCELED":
             redemption.canceled_at, redemption.cancel_reason = tx.now, description
     ids = [redemption.id for redemption in redemptions]

@@ -1,6 +1,6 @@
 """Reads of redemptions. An overdue one is expired first: nobody meets it as PENDING. redemptions.md 2.3, 2.4, 3.5."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
 
@@ -14,13 +14,19 @@ _SORT = sort_name(["created_at", "id"], descending=True)
 
 # A condition that doesn't narrow is left out rather than written as `x is null or ...`, which no index can serve.
 _NARROWING = {
-    "status": "and r.status = %(status)s",
     "reward_id": "and r.reward_id = %(reward_id)s",
     "program_id": "and r.program_id = %(program_id)s",
     "asset_id": "and r.asset_id = %(asset_id)s",
     "created_from": "and r.created_at >= %(created_from)s",
     "created_to": "and r.created_at <= %(created_to)s",
 }
+
+# Of many that are overdue a read expires some; it shows the others as what they are to everybody.
+_OF_STATUS = {
+    "PENDING": "and r.status = 'PENDING' and r.expires_at > %(now)s",
+    "EXPIRED": "and (r.status = 'EXPIRED' or (r.status = 'PENDING' and r.expires_at <= %(now)s))",
+}
+_OF_OTHER_STATUS = "and r.status = %(status)s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +62,11 @@ async def find_page(
     after = decode_cursor(page.cursor, _SORT, [datetime, UUID])
     after_at, after_id = after or (None, None)
     await expire_due(tx, participant_id)
+    of_status = "" if wanted.status is None else _OF_STATUS.get(wanted.status, _OF_OTHER_STATUS)
     narrowing = {name: value for name in _NARROWING if (value := getattr(wanted, name)) is not None}
     query = f"""
-        {SELECT} and r.participant_id = %(participant_id)s {" ".join(_NARROWING[name] for name in narrowing)}
+        {SELECT} and r.participant_id = %(participant_id)s
+        {of_status} {" ".join(_NARROWING[name] for name in narrowing)}
         {"and (r.created_at, r.id) < (%(after_at)s, %(after_id)s)" if after else ""}
         order by r.created_at desc, r.id desc limit %(rows)s
     """
@@ -68,7 +76,16 @@ async def find_page(
         "after_at": after_at,
         "after_id": after_id,
         "rows": page.limit + 1,
+        "now": tx.now,
+        "status": wanted.status,
         **narrowing,
     }
-    found = [Redemption(*row) for row in await (await tx.execute(query, params)).fetchall()]
+    found = [_as_seen(Redemption(*row), tx.now) for row in await (await tx.execute(query, params)).fetchall()]
     return cut(found, page.limit, _SORT, lambda redemption: (redemption.created_at, redemption.id))
+
+
+def _as_seen(redemption: Redemption, now: datetime) -> Redemption:
+    """The redemption as everybody is to see it: an overdue one has expired, whoever comes to give its value back."""
+    if redemption.expires_at is None or not redemption.is_overdue(now):
+        return redemption
+    return replace(redemption, status="EXPIRED", updated_at=redemption.expires_at)

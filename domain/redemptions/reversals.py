@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, LiteralString
 from uuid import UUID
@@ -25,6 +25,8 @@ from domain.redemptions.parties import load_parties, lock_parties, place_of, pos
 from domain.redemptions.records import Redemption, Reversal, fetch
 
 _SORT = sort_name(["created_at", "id"], descending=False)
+
+_NEXT = timedelta(microseconds=1)
 
 _COLUMNS: LiteralString = """
 v.id, v.redemption_id, v.amount, v.quantity, v.reason, v.journal_entry_id, v.created_at
@@ -103,9 +105,9 @@ async def reverse(tx: Transaction, redemption_id: UUID, request: ReverseRequest)
     participant = await lock_parties(tx, redemption.participant_id, redemption.target)
     redemption = await fetch(tx, redemption_id)
     amount, quantity = _require_open(redemption, participant, sent_amount, request.quantity)
-    reversal = Reversal(
-        reversal_id, redemption_id, amount, quantity, request.reason, entry_id, tx.now, redemption.scale
-    )
+    # The transaction may have begun before one that it then waited for: reversals are listed as they were booked.
+    at = max(tx.now, redemption.updated_at + _NEXT)
+    reversal = Reversal(reversal_id, redemption_id, amount, quantity, request.reason, entry_id, at, redemption.scale)
     await _book(tx, redemption, reversal)
     return Reversed(reversal, replayed=False)
 
@@ -181,7 +183,7 @@ def _check_unit(redemption: Redemption, request: ReverseRequest) -> Decimal | No
         if request.amount is not None:
             raise bad_field("amount", "a UNIT_BASED item is reversed by quantity", expected="absent")
         if request.quantity is not None and request.quantity < 1:
-            raise bad_field("quantity", "must be at least 1", expected="integer", received=request.quantity)
+            raise bad_field("quantity", "must be at least 1", expected="at least 1", received=request.quantity)
         return None
     if request.quantity is not None:
         raise bad_field("quantity", "only a UNIT_BASED item is reversed by quantity", expected="absent")
@@ -235,7 +237,7 @@ async def _book(tx: Transaction, redemption: Redemption, reversal: Reversal) -> 
         "reason": reversal.reason,
         "journal_entry_id": reversal.journal_entry_id,
         "api_key_id": tx.api_key_id,
-        "now": tx.now,
+        "now": reversal.created_at,
         "reversed_amount": reversed_amount,
         "reversed_quantity": None
         if reversal.quantity is None

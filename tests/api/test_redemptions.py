@@ -325,7 +325,7 @@ async def test_an_amount_redemption_needs_its_fields(counter: Counter, missing: 
 
 @pytest.mark.parametrize("fields", [{"expires_in_seconds": 60}, {"expires_in": "1h"}])
 async def test_only_what_is_to_be_confirmed_expires(counter: Counter, fields: dict[str, Any]) -> None:
-    assert wrong_fields(await counter.redeem("1", **fields)) == {"expires_in_seconds": "invalid"}
+    assert wrong_fields(await counter.redeem("1", **fields)) == dict.fromkeys(fields, "invalid")
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,8 @@ async def test_only_what_is_to_be_confirmed_expires(counter: Counter, fields: di
     [
         ({"expires_in_seconds": 59}, "expires_in_seconds"),
         ({"expires_in_seconds": 2_592_001}, "expires_in_seconds"),
-        ({"expires_in": "59s"}, "expires_in_seconds"),
+        ({"expires_in": "59s"}, "expires_in"),
+        ({"expires_in": "721h"}, "expires_in"),
         ({"expires_in": "1h", "expires_in_seconds": 60}, "expires_in"),
         ({"expires_in": "soon"}, "expires_in"),
         ({"requires_confirmation": "yes"}, "requires_confirmation"),
@@ -343,6 +344,34 @@ async def test_the_fields_of_two_steps_are_checked(counter: Counter, fields: dic
     answer = await counter.redeem("1", **{"requires_confirmation": True, **fields})
 
     assert wrong_fields(answer) == {field: "invalid"}
+
+
+async def test_a_wrong_number_is_shown_with_what_is_expected(counter: Counter) -> None:
+    reward = await counter.reward()
+    made = ok(await counter.buy(reward, quantity=2))["id"]
+
+    def said(answer: httpx.Response) -> tuple[str, str, str]:
+        details = problem(answer)["details"]
+        return details["field"], details["received"], details["expected"]
+
+    assert said(await counter.buy(reward, quantity=0)) == ("quantity", "0", "at least 1")
+    assert said(await counter.reverse(made, quantity=-1)) == ("quantity", "-1", "at least 1")
+    assert said(await counter.redeem("1", requires_confirmation=True, expires_in_seconds=59)) == (
+        "expires_in_seconds",
+        "59",
+        "at least 60",
+    )
+
+
+@pytest.mark.parametrize("key", [{}, {"idempotency_key": "z"}])
+async def test_a_quantity_has_an_end(counter: Counter, key: dict[str, str]) -> None:
+    reward = await counter.reward()
+    made = ok(await counter.buy(reward, quantity=2))["id"]
+
+    for quantity in (10**12 + 1, 10**30):
+        assert wrong_fields(await counter.reverse(made, quantity=quantity, **key)) == {"quantity": "invalid"}
+        assert wrong_fields(await counter.buy(reward, quantity=quantity, **key)) == {"quantity": "invalid"}
+    problem(await counter.reverse(made, quantity=10**12, **key), 422, "reversal_exceeds_redemption")
 
 
 async def test_keys_of_automations_are_refused(counter: Counter) -> None:

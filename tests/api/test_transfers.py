@@ -163,6 +163,13 @@ async def test_a_hundred_recipients_are_fine_and_one_more_is_not(market: Market)
     assert await market.balance(market.bob) == "100.00"
 
 
+@pytest.mark.parametrize(("count", "expected"), [(0, "at least 1 items"), (101, "at most 100 items")])
+async def test_the_number_of_recipients_is_said(market: Market, count: int, expected: str) -> None:
+    details = problem(await market.send(*[(market.bob, "1")] * count))["details"]
+
+    assert (details["field"], details["expected"], details["received"]) == ("recipients", expected, "array")
+
+
 async def test_value_goes_to_a_group_and_back(market: Market) -> None:  # example F
     await market.credit(market.alice, "10")
 

@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -162,6 +163,40 @@ async def test_a_commit_that_postgres_refuses_is_known_to_have_done_nothing(
             await writing
         assert not isinstance(refused.value, OutcomeUnknown)
         assert tags(owner, organization) == 0
+
+
+class TooLate(Exception):
+    """What a test's transaction raises after its deadline."""
+
+
+@pytest.mark.parametrize(("seconds", "rows"), [(60, 1), (-60, 0)])
+@pytest.mark.parametrize("last_statement", [None, "select 1"])
+async def test_a_transaction_with_a_deadline_commits_in_time_or_never(
+    postgres: Postgres,
+    organization: Tenant,
+    owner: psycopg.Connection[Any],
+    seconds: int,
+    rows: int,
+    last_statement: LiteralString | None,
+) -> None:
+    async def write() -> None:
+        async with database.transaction(organization.id) as tx:
+            await tx.execute(
+                "insert into tag (organization_id, entity_id, tag, created_at) values (%s, %s, 'x', now())",
+                (organization.id, organization.id),
+            )
+            if last_statement is not None:
+                tx.commit_with(sql.SQL(last_statement))
+            tx.commit_by(datetime.now(UTC) + timedelta(seconds=seconds), TooLate())
+
+    async with opened(postgres) as database:
+        if rows:
+            await write()
+        else:
+            with pytest.raises(TooLate):
+                await write()
+        assert tags(owner, organization) == rows
+        assert await database.system_rows("select 7") == [(7,)]
 
 
 async def test_what_had_to_be_repeated_is_counted_and_logged(

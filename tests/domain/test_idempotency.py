@@ -123,3 +123,10 @@ def test_payloads_of_the_same_meaning_hash_alike(one: dict[str, Any], other: dic
 )
 def test_payloads_of_different_meaning_hash_differently(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert payload_hash(one) != payload_hash(other)
+
+
+def test_an_integer_of_any_size_is_the_number_that_it_is() -> None:
+    assert payload_hash({"quantity": 10**30}) == payload_hash({"quantity": Decimal(10**30)})
+    assert payload_hash({"deep": [{"n": 2**64}]}) == payload_hash({"deep": [{"n": Decimal(2**64)}]})
+    assert payload_hash({"n": 10**5000}) != payload_hash({"n": 10**5000 + 1})
+    assert payload_hash({"n": 2**64, "yes": True}) != payload_hash({"n": 2**64, "yes": 1})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from db.session import Database
-from domain import redemptions
+from domain import limits, redemptions
 from domain.errors import Refusal
 from domain.ids import new_id
 from tests.builders import d, open_shop
@@ -385,6 +385,25 @@ async def test_reads_never_meet_an_overdue_one_as_pending(till: Till, clock: Set
     assert await till.listed(status="PENDING") == listed[:1]
     assert await till.desk.buckets() == ("90", "10", "0")
     assert await till.expire_due() == 0
+
+
+async def test_no_read_meets_one_of_more_that_are_overdue_than_it_expires(
+    till: Till, clock: SettableClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "DUE_REDEMPTIONS", 1)
+    clock.set(NOON)
+    overdue = {(await till.reserve("10")).redemption.id for _ in range(4)}
+    clock.advance(hours=1)
+    young = (await till.reserve("10")).redemption
+    clock.advance(hours=23)
+
+    assert [made.id for made in await till.listed(status="PENDING")] == [young.id]
+    seen = await till.listed(status="EXPIRED")
+    assert ({made.id for made in seen}, {made.status for made in seen}) == (overdue, {"EXPIRED"})
+    assert [made.status for made in await till.listed()] == ["PENDING", *["EXPIRED"] * 4]
+    assert await till.listed(status="CANCELED") == []
+    # Each of the four reads has given one back.
+    assert await till.desk.buckets() == ("90", "10", "0")
 
 
 async def test_all_that_is_overdue_expires_together(lot_till: Till, clock: SettableClock) -> None:

@@ -9,9 +9,11 @@ from uuid import UUID
 import pytest
 
 from db.session import Database
+from domain import redemptions
 from domain.balances import Holder
 from domain.errors import Refusal
 from domain.ids import new_id
+from domain.pagination import PageRequest
 from tests.builders import d, make_asset, make_group, make_participant, make_program, open_shop
 from tests.conftest import SettableClock, Tenant
 from tests.ledger_invariants import assert_ledger_invariants
@@ -497,6 +499,34 @@ async def test_concurrent_reversals_never_give_back_more_than_was_taken(till: Ti
 
     assert sum(not isinstance(outcome, BaseException) for outcome in outcomes) == 3
     assert plain((await till.get(made.id)).reversed_amount) == "90"
+
+
+async def test_reversals_are_listed_as_they_were_booked_whenever_their_transactions_began(
+    till: Till, clock: SettableClock
+) -> None:
+    """One that waits for its turn began before the one that it waited for."""
+    clock.set("2025-01-15T12:00:00+00:00")
+    made = (await till.redeem("100")).redemption
+    clock.advance(minutes=5)
+    first = (await till.reverse(made.id, "1")).reversal
+    clock.set("2025-01-15T12:00:00+00:00")
+    later = [(await till.reverse(made.id, amount)).reversal for amount in ("2", "3")]
+
+    async with till.desk.database.transaction(till.desk.organization_id) as tx:
+        listed = (await redemptions.find_reversals(tx, made.id, PageRequest())).items
+    assert listed == [first, *later]
+    assert [reversal.created_at for reversal in listed] == sorted({reversal.created_at for reversal in listed})
+    assert (await till.get(made.id)).updated_at == later[-1].created_at
+
+
+async def test_a_confirm_does_not_turn_the_time_back(till: Till, clock: SettableClock) -> None:
+    clock.set("2025-01-15T12:00:00+00:00")
+    made = (await till.reserve("100")).redemption
+    clock.set("2025-01-15T11:59:59+00:00")
+
+    confirmed = await till.confirm(made.id)
+
+    assert confirmed.confirmed_at == confirmed.updated_at == made.created_at
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------

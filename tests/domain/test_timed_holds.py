@@ -41,7 +41,7 @@ async def prepared(desk: Desk, wait_s: float = 60, **fields: Any) -> Reservation
         **{"expires_in": timedelta(hours=1), **fields},
     )
     async with desk.database.transaction(desk.organization_id) as tx:
-        return await timed_holds.prepare(tx, desk.holder, request, wait_s)
+        return timed_holds.prepare(tx, desk.holder, request, wait_s)
 
 
 async def reserve(desk: Desk, reservation: Reservation) -> Reserved:
@@ -127,6 +127,22 @@ async def test_a_reservation_that_waited_for_a_lock_beyond_its_time_is_rolled_ba
 
     assert refused.value.code == "service_unavailable"
     assert await desk.buckets() == ("100", "0", "0")
+
+
+async def test_a_reservation_that_stands_still_before_its_commit_is_never_committed(desk: Desk) -> None:
+    reservation = await prepared(desk, wait_s=0.3)
+
+    async def stand_still() -> None:
+        async with desk.database.transaction(desk.organization_id) as tx:
+            await timed_holds.reserve(tx, reservation)
+            await tx.execute("select pg_sleep_until(%s)", (reservation.not_after + timedelta(milliseconds=50),))
+
+    with pytest.raises(Refusal) as refused:
+        await stand_still()
+
+    assert refused.value.code == "service_unavailable"
+    assert await desk.buckets() == ("100", "0", "0")
+    assert await desk.holds() == []
 
 
 async def test_who_asks_for_the_outcome_waits_for_a_reservation_under_way(desk: Desk) -> None:

@@ -18,7 +18,7 @@ from domain import redemptions, two_step
 from domain.errors import Refusal
 from domain.ids import keyed_id, new_id
 from domain.redemptions import ConfirmRequest, ReverseRequest
-from domain.two_step import CancelOrder, ConfirmOrder, ExpireOrder, RedemptionState, Reservation
+from domain.two_step import CancelOrder, ConfirmOrder, ExpireOrder, Order, RedemptionState, Reservation
 from domain.upkeep import Swept, sweep
 from tests.builders import d, open_shop
 from tests.conftest import SettableClock, Tenant
@@ -46,9 +46,15 @@ async def run(till: Till, work: Callable[[Transaction], Awaitable[T]]) -> T:
     return await till.desk.database.repeat(till.desk.organization_id, work)
 
 
+async def given(till: Till, order: Callable[[Transaction], T]) -> T:
+    """The order that a call gives in its transaction."""
+    async with till.desk.database.transaction(till.desk.organization_id) as tx:
+        return order(tx)
+
+
 async def prepared(till: Till, amount: str = "100", wait_s: float = 60, **fields: Any) -> Reservation:
     request = till.request(amount, requires_confirmation=True, **fields)
-    return await run(till, lambda tx: two_step.prepare(tx, request, wait_s))
+    return await given(till, lambda tx: two_step.prepare(tx, request, wait_s))
 
 
 async def reserved(till: Till, amount: str = "100", **fields: Any) -> UUID:
@@ -87,7 +93,7 @@ async def test_a_reversal_without_a_key_that_is_made_twice_is_made_once(till: Ti
     made = await reserved(till)
     await till.confirm(made)
     request = ReverseRequest(reason="returned", amount="30")
-    order = await run(till, lambda tx: two_step.reverse_order(tx, made, request, 60))
+    order = await given(till, lambda tx: two_step.reverse_order(tx, made, request, 60))
 
     first, second = [await run(till, lambda tx: two_step.reverse(tx, order)) for _ in range(2)]
 
@@ -113,9 +119,9 @@ async def test_a_reservation_that_is_late_is_refused_and_never_was(till: Till) -
 async def test_orders_that_are_late_are_refused_and_change_nothing(till: Till) -> None:
     pending, taken = await reserved(till), await reserved(till)
     await till.confirm(taken)
-    confirm = await run(till, lambda tx: two_step.confirm_order(tx, pending, ConfirmRequest(), 0))
-    cancel = await run(till, lambda tx: two_step.cancel_order(tx, pending, "too late", 0))
-    reverse = await run(till, lambda tx: two_step.reverse_order(tx, taken, ReverseRequest(reason="too late"), 0))
+    confirm = await given(till, lambda tx: two_step.confirm_order(tx, pending, ConfirmRequest(), 0))
+    cancel = await given(till, lambda tx: two_step.cancel_order(tx, pending, "too late", 0))
+    reverse = await given(till, lambda tx: two_step.reverse_order(tx, taken, ReverseRequest(reason="too late"), 0))
 
     with refused("service_unavailable"):
         await run(till, lambda tx: two_step.confirm(tx, confirm))
@@ -127,6 +133,30 @@ async def test_orders_that_are_late_are_refused_and_change_nothing(till: Till) -
         await run(till, lambda tx: two_step.outcome_of_reversal(tx, reverse))
 
     assert await till.desk.buckets() == ("800", "100", "0")
+
+
+@pytest.mark.parametrize("step", ["reserve", "confirm", "cancel", "reverse"])
+async def test_a_step_that_stands_still_before_its_commit_is_never_committed(till: Till, step: str) -> None:
+    """It had done all its work in time."""
+    pending, taken = await reserved(till), await reserved(till)
+    await till.confirm(taken)
+    before = await till.desk.buckets()
+    reservation = await prepared(till, wait_s=0.5)
+    orders: dict[str, Callable[[Transaction], Order]] = {
+        "confirm": lambda tx: two_step.confirm_order(tx, pending, ConfirmRequest(), 0.5),
+        "cancel": lambda tx: two_step.cancel_order(tx, pending, "sold out", 0.5),
+        "reverse": lambda tx: two_step.reverse_order(tx, taken, ReverseRequest(reason="returned"), 0.5),
+    }
+    order = reservation if step == "reserve" else await given(till, orders[step])
+    assert order.not_after is not None
+
+    with refused("service_unavailable"):
+        async with till.desk.database.transaction(till.desk.organization_id) as tx:
+            await getattr(two_step, step)(tx, order)
+            await tx.execute("select pg_sleep_until(%s)", (order.not_after + timedelta(milliseconds=50),))
+
+    assert await till.desk.buckets() == before
+    assert len(await till.listed()) == 2
 
 
 async def test_the_outcome_of_a_reservation_under_way_is_waited_for(till: Till) -> None:
@@ -146,7 +176,7 @@ async def test_the_outcome_of_a_reservation_under_way_is_waited_for(till: Till) 
 async def test_the_outcome_of_a_confirm_under_way_is_waited_for(till: Till) -> None:
     made = await reserved(till)
     pending = await till.get(made)
-    order = await run(till, lambda tx: two_step.confirm_order(tx, made, ConfirmRequest(), 60))
+    order = await given(till, lambda tx: two_step.confirm_order(tx, made, ConfirmRequest(), 60))
 
     def outcome(tx: Transaction) -> Awaitable[redemptions.Redemption]:
         return two_step.outcome_of_order(tx, pending, lambda: redemptions.confirm(tx, made, ConfirmRequest()))
