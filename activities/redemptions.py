@@ -1,10 +1,12 @@
 """Activities of two-step redemptions. Contract: redemptions.md 3; docs/two-step.md."""
 
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 from uuid import UUID
 
+import psycopg
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
@@ -24,7 +26,20 @@ from domain.two_step import (
     ReverseOrder,
 )
 
+logger = logging.getLogger("scrip.temporal")
+
 T = TypeVar("T")
+
+_FAULTS = (
+    psycopg.DataError,
+    psycopg.IntegrityError,
+    ArithmeticError,
+    AssertionError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+"""What a step raises that would raise it again: repeating it would only keep others from their turn."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,8 @@ class RedemptionRef:
 class RedemptionActivities:
     """The steps of a redemption's workflow. They only wait for the database, so they share the worker's event loop.
 
-    Repeating a step changes nothing. For a refusal they raise an ApplicationError that is not to be repeated.
+    Repeating a step changes nothing. For a refusal they raise an ApplicationError that is not to be repeated, and
+    likewise, with the type `step_fault`, for what repeating can't mend.
     """
 
     def __init__(self, database: Database) -> None:
@@ -78,7 +94,12 @@ class RedemptionActivities:
     @activity.defn(name="find_redemption")
     async def find(self, ref: RedemptionRef) -> RedemptionState | None:
         """How the redemption stands; None where there is none."""
-        return await self._database.repeat(ref.organization_id, lambda tx: two_step.find_state(tx, ref.redemption_id))
+        try:
+            return await self._database.repeat(
+                ref.organization_id, lambda tx: two_step.find_state(tx, ref.redemption_id)
+            )
+        except _FAULTS as fault:
+            raise _step_fault(ref.redemption_id, fault) from fault
 
     async def _do(self, order: Reservation | Order, work: Callable[[Transaction], Awaitable[T]]) -> T:
         try:
@@ -87,5 +108,12 @@ class RedemptionActivities:
             )
         except Refusal as refusal:
             raise as_application_error(refusal) from None
+        except _FAULTS as fault:
+            raise _step_fault(order.redemption_id, fault) from fault
         await faults.reach("redemption.committed")
         return done
+
+
+def _step_fault(redemption_id: UUID, fault: Exception) -> ApplicationError:
+    logger.error("a step of redemption %s can never succeed", redemption_id, exc_info=fault)
+    return ApplicationError(f"{type(fault).__name__}: {fault}"[:500], type="step_fault", non_retryable=True)

@@ -26,6 +26,8 @@ class Sizes:
     same_keys_clients: int = 6
     contention_s: float = 60.0
     redemptions: int = 300
+    pending_redemptions: int = 1_000
+    expiry_s: float = 45.0
     stall_s: float = 15.0
     due_events: int = 1_500
     due_in_s: float = 20.0
@@ -41,6 +43,8 @@ SHORT = Sizes(
     same_keys_clients=3,
     contention_s=3.0,
     redemptions=30,
+    pending_redemptions=30,
+    expiry_s=6.0,
     stall_s=3.0,
     due_events=180,
     due_in_s=10.0,

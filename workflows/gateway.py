@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 import temporalio.api.enums.v1
@@ -26,6 +26,7 @@ from domain.balances import OperationResult
 from domain.clock import format_timestamp
 from domain.errors import STATUS_BY_CODE, Problem, Refusal
 from domain.hold_ends import CarriedHold
+from domain.redemptions import RedemptionStatus
 from domain.simulations.records import CarriedSimulation
 from domain.timed_holds import Reservation
 from domain.two_step import CarriedRedemption
@@ -46,6 +47,7 @@ logger = logging.getLogger("scrip.temporal")
 
 P = TypeVar("P")
 T = TypeVar("T")
+W = TypeVar("W")
 
 _PAUSE_S = 0.1
 
@@ -218,13 +220,7 @@ class Gateway:
                 holder.id if holder.type == "PARTICIPANT" else None,
             ),
         )
-        return await client.execute_update_with_start_workflow(
-            Hold.reserve,
-            reservation,
-            start_workflow_operation=start,
-            id=str(uuid4()),
-            rpc_timeout=timedelta(seconds=wait_s),
-        )
+        return await _update_with_start(client, Hold.reserve, reservation, start, wait_s)
 
     async def reserve_redemption(self, reservation: two_step.Reservation, wait_s: float) -> two_step.Reserved:
         """Make a two-step redemption by its workflow, which then carries it.
@@ -250,11 +246,23 @@ class Gateway:
         self, carried: CarriedRedemption, order: two_step.ReverseOrder, wait_s: float
     ) -> two_step.ReversalDone:
         """Reverse a two-step redemption by a short run of its workflow. Raises as `reserve_redemption`."""
-        return await self._order_redemption(Redemption.reverse, carried, order, wait_s)
+        return await self._order_redemption(
+            Redemption.reverse, carried, order, wait_s, summary=redemption.REVERSAL_SUMMARY, status=None
+        )
 
     async def _order_redemption(
-        self, update: UpdateMethodMultiParam[[Redemption, P], T], carried: CarriedRedemption, order: P, wait_s: float
+        self,
+        update: UpdateMethodMultiParam[[Redemption, P], T],
+        carried: CarriedRedemption,
+        order: P,
+        wait_s: float,
+        *,
+        summary: str | None = None,
+        status: RedemptionStatus | None = "PENDING",
     ) -> T:
+        """What the update answers. `summary` and `status` are what a run shows that is started for it."""
+        shown = summary or redemption.summary_of(carried.expires_at)
+
         async def ask(left_s: float) -> T:
             client = await self.client()
             start = WithStartWorkflowOperation(
@@ -264,16 +272,10 @@ class Gateway:
                 task_queue=queues.LIFECYCLE,
                 id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
                 id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
-                static_summary=redemption.summary_of(carried.expires_at),
-                search_attributes=await self._attributes_of(client, carried),
+                static_summary=shown,
+                search_attributes=await self._attributes_of(client, carried, status),
             )
-            return await client.execute_update_with_start_workflow(
-                update,
-                order,
-                start_workflow_operation=start,
-                id=str(uuid4()),
-                rpc_timeout=timedelta(seconds=left_s),
-            )
+            return await _update_with_start(client, update, order, start, left_s)
 
         return await self._answer(ask, wait_s)
 
@@ -306,9 +308,12 @@ class Gateway:
         """
         return await self._running([redemption.workflow_id(redemption_id) for redemption_id in redemption_ids])
 
-    async def _attributes_of(self, client: Client, carried: CarriedRedemption) -> TypedSearchAttributes:
+    async def _attributes_of(
+        self, client: Client, carried: CarriedRedemption, status: RedemptionStatus | None = "PENDING"
+    ) -> TypedSearchAttributes:
+        """What a redemption's workflow is found by; without a status (None) until it has learned it."""
         found = await self._attributes(client, carried.organization_id, carried.program_id, carried.participant_id)
-        return found if not len(found) else found.updated(SearchAttributePair(STATUS, "PENDING"))
+        return found if status is None or not len(found) else found.updated(SearchAttributePair(STATUS, status))
 
     async def carry_hold(self, organization_id: UUID, carried: CarriedHold) -> bool:
         """Start the workflow of a hold that exists; False where it runs already.
@@ -440,6 +445,29 @@ class Gateway:
             self._ask_again_at = time.monotonic() + 60
             self._searchable = await has_search_attributes(client)
         return self._searchable
+
+
+async def _update_with_start(
+    client: Client,
+    update: UpdateMethodMultiParam[[W, P], T],
+    order: P,
+    start: WithStartWorkflowOperation[W, Any],
+    wait_s: float,
+) -> T:
+    """The answer of an update that starts its workflow if need be. Raises what the client raises."""
+    started = asyncio.create_task(start.workflow_handle())
+    try:
+        return await client.execute_update_with_start_workflow(
+            update,
+            order,
+            start_workflow_operation=start,
+            id=str(uuid4()),
+            rpc_timeout=timedelta(seconds=wait_s),
+        )
+    finally:
+        # A start that failed tells that twice, and asyncio logs whatever nobody has listened to.
+        started.cancel()
+        await asyncio.gather(started, return_exceptions=True)
 
 
 def _refusal_of(error: WorkflowUpdateFailedError) -> Refusal | None:

@@ -74,7 +74,9 @@ class Hold:
             )
         except ActivityError as error:
             if isinstance(error.cause, ApplicationError) and error.cause.non_retryable:
-                self._refused = True
+                # One that was too late may have been the second attempt: the first one's commit has to be looked for.
+                was_late = error.cause.type == "service_unavailable"
+                self._refused = not (was_late and workflow.patched("look after a late refusal"))
                 raise error.cause from None
             # Whether it was made is looked up by `run`.
             raise ApplicationError("the database is out of reach", type="service_unavailable") from error

@@ -91,6 +91,10 @@ async def test_a_worker_killed_between_two_steps_leaves_no_value_reserved(platfo
     await redemptions.kill_at("redemption.committed", platform, SHORT, quietly)
 
 
+async def test_redemptions_that_wait_while_temporal_loses_everything_end_as_they_should(platform: Platform) -> None:
+    await redemptions.lose_temporal(platform, SHORT, quietly)
+
+
 # --- the proof itself ---
 
 

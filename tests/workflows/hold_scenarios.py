@@ -284,9 +284,11 @@ async def _cancelled_at_work(env: WorkflowEnvironment, step: str) -> Played:
         return await ended(bank, bank.handle)
 
 
-async def _refused(env: WorkflowEnvironment) -> Played:
-    refusal = as_application_error(Refusal("insufficient_balance", "insufficient balance"))
-    bank = Bank(env, reserving=[refusal])
+async def _refused(
+    env: WorkflowEnvironment, code: str = "insufficient_balance", *, made_before: bool = False
+) -> Played:
+    bank = Bank(env, reserving=[as_application_error(Refusal(code, code))])
+    bank.state = await bank.until(WEEK) if made_before else None
     async with serving(env, bank):
         return await _ask_in_vain(bank)
 
@@ -405,6 +407,7 @@ SCENARIOS: dict[str, Callable[[WorkflowEnvironment], Awaitable[Played]]] = {
     "holds_and_is_cancelled_while_it_reserves": lambda env: _cancelled_at_work(env, "reserve"),
     "holds_and_is_cancelled_while_it_releases": lambda env: _cancelled_at_work(env, "release"),
     "holds_nothing_when_refused": _refused,
+    "holds_what_was_made_in_a_lost_attempt": lambda env: _refused(env, "service_unavailable", made_before=True),
     "holds_what_was_made_without_an_answer": _unreachable,
     "holds_once_when_asked_twice": _asked_twice,
     "holds_nothing_without_a_reservation": _nothing_there,

@@ -32,7 +32,7 @@ from temporalio.workflow import Info, UpdateMethodMultiParam
 
 from activities.holds import as_application_error
 from activities.redemptions import RedemptionRef
-from domain.errors import Refusal
+from domain.errors import Refusal, not_found
 from domain.ids import new_id
 from domain.redemptions import RedemptionRequest, RedemptionStatus
 from domain.two_step import (
@@ -81,6 +81,7 @@ class Till:
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
     reached: defaultdict[str, asyncio.Event] = field(default_factory=lambda: defaultdict(asyncio.Event))
     first_run_id: str | None = None
+    organization_id: UUID = ORGANIZATION_ID
 
     @activity.defn(name="reserve_redemption")
     async def reserve_step(self, reservation: Reservation) -> Reserved:
@@ -118,13 +119,15 @@ class Till:
 
     @activity.defn(name="find_redemption")
     async def find_step(self, ref: RedemptionRef) -> RedemptionState | None:
-        """How it stands."""
+        """How it stands when the look begins."""
+        found = self.state
         await self._step("find")
-        return self.state
+        return found
 
     def _become(self, status: RedemptionStatus, amount: Decimal | None = None) -> RedemptionState:
         """As the domain does it: the first to come wins, others who want something else are refused."""
-        assert self.state is not None
+        if self.state is None:
+            raise as_application_error(not_found("redemption"))
         if self.state.status == "PENDING":
             self.state = replace(self.state, status=status, amount=amount or self.state.amount)
         elif self.state.status != status:
@@ -148,9 +151,9 @@ class Till:
         """When the steps began, in whole seconds after the first."""
         return [round((at - self.at[0]).total_seconds()) for at in self.at]
 
-    # --- what others do ---
+    # --- what others do; `of` is whose workflow gets the order, where it isn't the redemption's own ---
 
-    async def reserve(self) -> Reserved:
+    async def reserve(self, of: "Till | None" = None) -> Reserved:
         """Ask for the redemption as the API does."""
         request = RedemptionRequest(
             participant_id=ALICE,
@@ -162,35 +165,34 @@ class Till:
             idempotency_key="key",
         )
         not_after = await self.env.get_current_time() + timedelta(seconds=4)
-        reservation = Reservation(ORGANIZATION_ID, self.redemption_id, request, not_after)
-        return await self._update(Redemption.reserve, reservation)
+        reservation = Reservation(self.organization_id, self.redemption_id, request, not_after)
+        return await self._update(Redemption.reserve, reservation, of)
 
-    async def confirm(self, amount: str | None = None) -> RedemptionState:
+    async def confirm(self, amount: str | None = None, of: "Till | None" = None) -> RedemptionState:
         """Confirm as the API does."""
-        return await self._update(
-            Redemption.confirm,
-            ConfirmOrder(organization_id=ORGANIZATION_ID, redemption_id=self.redemption_id, amount=amount),
-        )
+        order = ConfirmOrder(organization_id=self.organization_id, redemption_id=self.redemption_id, amount=amount)
+        return await self._update(Redemption.confirm, order, of)
 
-    async def cancel(self) -> RedemptionState:
+    async def cancel(self, of: "Till | None" = None) -> RedemptionState:
         """Cancel as the API does."""
-        return await self._update(
-            Redemption.cancel,
-            CancelOrder(organization_id=ORGANIZATION_ID, redemption_id=self.redemption_id, reason="changed my mind"),
+        order = CancelOrder(
+            organization_id=self.organization_id, redemption_id=self.redemption_id, reason="changed my mind"
         )
+        return await self._update(Redemption.cancel, order, of)
 
-    async def reverse(self) -> ReversalDone:
+    async def reverse(self, of: "Till | None" = None) -> ReversalDone:
         """Reverse as the API does."""
         order = ReverseOrder(
-            organization_id=ORGANIZATION_ID, redemption_id=self.redemption_id, reason="broken", idempotency_key="r"
+            organization_id=self.organization_id, redemption_id=self.redemption_id, reason="broken", idempotency_key="r"
         )
-        return await self._update(Redemption.reverse, order)
+        return await self._update(Redemption.reverse, order, of)
 
-    async def _update(self, update: UpdateMethodMultiParam[[Redemption, P], T], order: P) -> T:
+    async def _update(self, update: UpdateMethodMultiParam[[Redemption, P], T], order: P, of: "Till | None") -> T:
+        own = of or self
         start = WithStartWorkflowOperation(
             Redemption.run,
-            RedemptionInput(ORGANIZATION_ID, self.redemption_id),
-            id=redemption.workflow_id(self.redemption_id),
+            RedemptionInput(own.organization_id, own.redemption_id),
+            id=redemption.workflow_id(own.redemption_id),
             task_queue=queues.LIFECYCLE,
             id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
             # A local activity that takes long lets others be heard when most of this is over.
@@ -266,9 +268,19 @@ async def _asked(till: Till, *calls: Callable[[], Awaitable[Any]]) -> Played:
         return await ended(till)
 
 
-async def _told(env: WorkflowEnvironment, signal: str, *argument: Any) -> Played:
+async def told(env: WorkflowEnvironment, signal: str, *argument: Any) -> Played:
+    """An operator's signal, then whatever time brings; and what the run's page shows at its end."""
     till = Till(env)
-    return await _asked(till, till.reserve, lambda: till.handle.signal(signal, args=argument))
+    async with serving(till):
+        await till.reserve()
+        await till.handle.signal(signal, args=argument)
+        played = await ended(till)
+        return replace(played, page=await page_of(till))
+
+
+async def page_of(till: Till) -> str:
+    """What an operator reads on the page of the newest run."""
+    return str(await till.handle.query("__temporal_workflow_metadata"))
 
 
 async def _told_in_vain(env: WorkflowEnvironment) -> Played:
@@ -280,8 +292,7 @@ async def _told_in_vain(env: WorkflowEnvironment) -> Played:
         await till.handle.signal("confirm")
         await till.reached["find"].wait()
         played = await ended(till)
-        # What an operator reads on the run's page.
-        return replace(played, page=str(await till.handle.query("__temporal_workflow_metadata")))
+        return replace(played, page=await page_of(till))
 
 
 async def _repeated(env: WorkflowEnvironment) -> Played:
@@ -293,6 +304,118 @@ async def _repeated(env: WorkflowEnvironment) -> Played:
 async def _cancelled(env: WorkflowEnvironment) -> Played:
     till = Till(env)
     return await _asked(till, till.reserve, lambda: till.handle.cancel())
+
+
+def fault(times: int = 1) -> list[Exception]:
+    """What a step says that can never succeed."""
+    return [ApplicationError("DataError: no such thing", type="step_fault", non_retryable=True)] * times
+
+
+async def _cancelled_at_a_fault(env: WorkflowEnvironment) -> Played:
+    """An operator's order can never succeed; Temporal's cancel arrives while that is being found out."""
+    till = Till(env, gates={"cancel": asyncio.Event()}, failing={"cancel": fault()})
+    async with serving(till):
+        await till.reserve()
+        await till.handle.signal("cancel", "sold out")
+        await till.reached["cancel"].wait()
+        await till.handle.cancel()
+        await until_seen(till.handle, "WORKFLOW_EXECUTION_CANCEL_REQUESTED")
+        till.gates["cancel"].set()
+        played = await ended(till)
+        return replace(played, page=await page_of(till))
+
+
+async def _failing(env: WorkflowEnvironment, step: str, times: int, *, cancelled: bool = False) -> Played:
+    """Nobody ordered the step, and so often it fails for good."""
+    till = Till(env, failing={step: fault(times)})
+    till.state = await till.pending()
+    calls = [till.start, *([lambda: till.handle.cancel()] if cancelled else [])]
+    return await _asked(till, *calls)
+
+
+async def _cancelled_at_a_look(env: WorkflowEnvironment) -> Played:
+    """Temporal's cancel arrives when the workflow, started again, looks how the redemption stands."""
+    till = Till(env, gates={"find": asyncio.Event()})
+    till.state = await till.pending()
+    async with serving(till):
+        await till.start()
+        await till.reached["find"].wait()
+        await till.handle.cancel()
+        await until_seen(till.handle, "WORKFLOW_EXECUTION_CANCEL_REQUESTED")
+        till.gates["find"].set()
+        return await ended(till)
+
+
+async def _cancelled_in_an_outage(env: WorkflowEnvironment) -> Played:
+    """Temporal's cancel arrives while the database is away and a step is being repeated."""
+    till = Till(env, gates={"expire": asyncio.Event()})
+    till.failing = {"expire": [ApplicationError("the database is away") for _ in range(3)]}
+    async with serving(till):
+        await till.reserve()
+        await till.handle.signal("expire_now")
+        await till.reached["expire"].wait()
+        await till.handle.cancel()
+        await until_seen(till.handle, "WORKFLOW_EXECUTION_CANCEL_REQUESTED")
+        till.gates["expire"].set()
+        return await ended(till)
+
+
+async def _gone(env: WorkflowEnvironment, *calls: Callable[[Till], Awaitable[Any]]) -> Played:
+    """A backup was restored that doesn't know the redemption; then these calls, then whatever time brings."""
+    till = Till(env)
+    async with serving(till):
+        await till.reserve()
+        till.state = None
+        for call in calls:
+            await call(till)
+        return await ended(till)
+
+
+async def _confirmed_when_gone(env: WorkflowEnvironment) -> Played:
+    till = Till(env)
+    async with serving(till):
+        await till.reserve()
+        till.state = None
+        return await _ask_in_vain(till, till.confirm)
+
+
+async def _settled_by_others(env: WorkflowEnvironment) -> Played:
+    """Somebody expired it without the workflow; a confirm then tells the workflow so."""
+    till = Till(env)
+    async with serving(till):
+        await till.reserve()
+        assert till.state is not None
+        till.state = replace(till.state, status="EXPIRED")
+        return await _ask_in_vain(till, till.confirm)
+
+
+async def _made_at_a_look(env: WorkflowEnvironment) -> Played:
+    """The workflow is started, finds no redemption, and hears of that only after it has made one."""
+    till = Till(env, gates={"find": asyncio.Event()})
+    async with serving(till):
+        await till.start()
+        await till.reached["find"].wait()
+        await till.reserve()
+        till.gates["find"].set()
+        return await ended(till)
+
+
+async def _confirmed_at_a_fault(env: WorkflowEnvironment) -> Played:
+    till = Till(env, failing={"confirm": fault()})
+    async with serving(till):
+        await till.reserve()
+        return await _ask_in_vain(till, till.confirm)
+
+
+async def _late_confirm(env: WorkflowEnvironment) -> Played:
+    """The first attempt's commit got lost, the second one is refused as too late."""
+    late = as_application_error(Refusal("service_unavailable", "too late"))
+    till = Till(env, failing={"confirm": [late]})
+    async with serving(till):
+        await till.reserve()
+        assert till.state is not None
+        till.state = replace(till.state, status="COMPLETED")
+        return await _ask_in_vain(till, till.confirm)
 
 
 async def _cancelled_at_work(env: WorkflowEnvironment, step: str, signal: str | None = None) -> Played:
@@ -394,8 +517,7 @@ async def _reversed_later(env: WorkflowEnvironment) -> Played:
 async def _continued(env: WorkflowEnvironment) -> Played:
     """The server suggests a new run while the redemption waits; what is kept is the first run's history."""
     till = Till(env)
-    suggested = iter([True])
-    with patch.object(Info, "is_continue_as_new_suggested", lambda _: next(suggested, False)):
+    with patch.object(Info, "is_continue_as_new_suggested", lambda run: run.continued_run_id is None):
         async with serving(till, workflow_runner=UnsandboxedWorkflowRunner()):
             await till.reserve()
             played = await ended(till)
@@ -423,11 +545,11 @@ SCENARIOS: dict[str, Callable[[WorkflowEnvironment], Awaitable[Played]]] = {
     "redeems_a_part": lambda env: _confirmed(env, "60"),
     "redeems_nothing_when_canceled": _canceled,
     "redeems_nothing_when_due": _due,
-    "redeems_by_signal": lambda env: _told(env, "confirm"),
-    "redeems_a_part_by_signal": lambda env: _told(env, "confirm", {"amount": "60"}),
-    "redeems_nothing_by_signal": lambda env: _told(env, "cancel", "sold out"),
-    "redeems_nothing_by_a_signal_without_reason": lambda env: _told(env, "cancel"),
-    "redeems_nothing_when_timed_out_by_signal": lambda env: _told(env, "expire_now"),
+    "redeems_by_signal": lambda env: told(env, "confirm"),
+    "redeems_a_part_by_signal": lambda env: told(env, "confirm", {"amount": "60"}),
+    "redeems_nothing_by_signal": lambda env: told(env, "cancel", "sold out"),
+    "redeems_nothing_by_a_signal_without_reason": lambda env: told(env, "cancel"),
+    "redeems_nothing_when_timed_out_by_signal": lambda env: told(env, "expire_now"),
     "redeems_not_what_is_refused_by_signal": _told_in_vain,
     "redeems_nothing_after_an_outage_at_its_end": _repeated,
     "redeems_nothing_when_cancelled": _cancelled,
@@ -448,6 +570,20 @@ SCENARIOS: dict[str, Callable[[WorkflowEnvironment], Awaitable[Played]]] = {
     "redeems_after_its_workflow_was_lost": lambda env: _found_again(env, Till.confirm),
     "redeems_and_is_reversed_later": _reversed_later,
     "redeems_in_a_new_run": _continued,
+    "redeems_not_by_a_typo": lambda env: told(env, "confirm", {"amout": "60"}),
+    "redeems_nothing_when_cancelled_after_a_fault": _cancelled_at_a_fault,
+    "redeems_nothing_when_cancelled_while_it_looks": _cancelled_at_a_look,
+    "redeems_nothing_when_cancelled_in_an_outage": _cancelled_in_an_outage,
+    "redeems_nothing_after_faults_at_its_end": lambda env: _failing(env, "expire", 4),
+    "redeems_nothing_after_faults_at_a_look": lambda env: _failing(env, "find", 3),
+    "redeems_nothing_after_faults_of_a_cancel": lambda env: _failing(env, "cancel", 2, cancelled=True),
+    "redeems_nothing_that_is_gone": _gone,
+    "redeems_nothing_that_is_gone_when_cancelled": lambda env: _gone(env, lambda till: till.handle.cancel()),
+    "redeems_nothing_that_is_gone_when_confirmed": _confirmed_when_gone,
+    "redeems_nothing_that_was_settled_by_others": _settled_by_others,
+    "redeems_what_was_confirmed_in_a_lost_attempt": _late_confirm,
+    "redeems_what_is_made_while_it_looks": _made_at_a_look,
+    "redeems_not_after_a_fault_of_a_call": _confirmed_at_a_fault,
 }
 """Every path by its name."""
 

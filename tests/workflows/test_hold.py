@@ -36,6 +36,7 @@ async def env() -> AsyncIterator[WorkflowEnvironment]:
         ("holds_and_is_cancelled_while_it_reserves", ["reserve", "release"], CANCELED, None),
         ("holds_and_is_cancelled_while_it_releases", ["reserve", "release"], CANCELED, None),
         ("holds_nothing_when_refused", ["reserve"], COMPLETED, "NONE"),
+        ("holds_what_was_made_in_a_lost_attempt", ["reserve", "find", "end"], COMPLETED, "EXPIRED"),
         ("holds_once_when_asked_twice", ["reserve", "reserve", "end"], COMPLETED, "EXPIRED"),
         ("holds_nothing_without_a_reservation", ["find"], COMPLETED, "NONE"),
         ("holds_on_after_its_workflow_was_lost", ["find", "end"], COMPLETED, "EXPIRED"),

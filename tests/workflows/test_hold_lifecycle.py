@@ -13,7 +13,7 @@ import pytest
 from temporalio.client import Client, WorkflowExecutionStatus
 
 from db.session import Database
-from domain import timed_holds
+from domain import faults, timed_holds
 from domain.hold_ends import CarriedHold
 from domain.ids import keyed_id, new_id
 from settings import Settings
@@ -162,6 +162,27 @@ class TestWithAWorker:
         problem(answer, status, code)
         assert await desk.buckets() == ("100", "0", "0")
         await made(client, shop, expires_in="1h", idempotency_key="k")
+
+    @pytest.mark.parametrize("key", [{}, {"idempotency_key": "k"}], ids=["keyless", "keyed"])
+    async def test_a_call_answered_503_makes_nothing_though_its_worker_goes_on(
+        self,
+        client: httpx.AsyncClient,
+        client_of: Callable[[Gateway], Awaitable[httpx.AsyncClient]],
+        gateway: Gateway,
+        shop: Shop,
+        desk: Desk,
+        key: dict[str, str],
+    ) -> None:
+        """The worker stands still with everything written and its locks held until long after the answer."""
+        brief = await client_of(gateway)
+        with faults.arm("ledger.written=stall:3"):
+            refused = problem(await post_hold(brief, shop, "60", expires_in="1h", **key), 503, "service_unavailable")
+        assert "outcome is unknown" in refused["message"]
+
+        await made(client, shop, "60", expires_in="1h", **key)
+
+        assert await desk.buckets() == ("40", "60", "0")
+        assert await desk.holds() == [HoldSeen("ACTIVE", "60", "60")]
 
     async def test_a_refusal_by_the_workflow_names_the_field(self, client: httpx.AsyncClient, shop: Shop) -> None:
         answer = await post_hold(client, shop, expires_at="2020-01-01T00:00:00Z")

@@ -1,17 +1,26 @@
 """When Redemption waits, acts and ends. Contract: redemptions.md 3; docs/two-step.md."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
+from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
 
 import pytest
-from temporalio.client import WorkflowExecutionStatus
+from temporalio.client import WorkflowExecutionStatus, WorkflowUpdateFailedError
+from temporalio.exceptions import ApplicationError
 from temporalio.testing import WorkflowEnvironment
-from temporalio.worker import Worker
+from temporalio.worker import UnsandboxedWorkflowRunner, Worker
+from temporalio.workflow import Info
 
+from domain.ids import new_id
 from tests.workflows import redemption_scenarios
+from tests.workflows.hold_scenarios import until_seen
 from tests.workflows.record import HISTORIES
-from tests.workflows.redemption_scenarios import DAY, SCENARIOS
+from tests.workflows.redemption_scenarios import DAY, SCENARIOS, Till
 from tests.workflows.scenarios import time_skipping
 
 DAY_S = round(DAY.total_seconds())
@@ -52,6 +61,30 @@ async def env() -> AsyncIterator[WorkflowEnvironment]:
         ("redeems_nothing_without_a_reservation", ["find"], COMPLETED, "NONE"),
         ("redeems_nothing_after_its_workflow_was_lost", ["find", "expire"], COMPLETED, "EXPIRED"),
         ("redeems_after_its_workflow_was_lost", ["confirm"], COMPLETED, "COMPLETED"),
+        ("redeems_not_by_a_typo", ["reserve", "expire"], COMPLETED, "EXPIRED"),
+        (
+            "redeems_nothing_when_cancelled_after_a_fault",
+            ["reserve", "cancel: sold out", "find", BY_AN_OPERATOR],
+            CANCELED,
+            None,
+        ),
+        ("redeems_nothing_when_cancelled_while_it_looks", ["find", BY_AN_OPERATOR], CANCELED, None),
+        ("redeems_nothing_when_cancelled_in_an_outage", ["reserve", *["expire at once"] * 4], CANCELED, None),
+        ("redeems_nothing_after_faults_at_its_end", ["find", *["expire", "find"] * 4, "expire"], COMPLETED, "EXPIRED"),
+        ("redeems_nothing_after_faults_at_a_look", [*["find"] * 4, "expire"], COMPLETED, "EXPIRED"),
+        (
+            "redeems_nothing_after_faults_of_a_cancel",
+            ["find", *[BY_AN_OPERATOR, "find"] * 2, BY_AN_OPERATOR],
+            CANCELED,
+            None,
+        ),
+        ("redeems_nothing_that_is_gone", ["reserve", "expire"], COMPLETED, "NONE"),
+        ("redeems_nothing_that_is_gone_when_cancelled", ["reserve", BY_AN_OPERATOR, "find"], CANCELED, None),
+        ("redeems_nothing_that_is_gone_when_confirmed", ["reserve", "confirm", "find"], COMPLETED, "NONE"),
+        ("redeems_nothing_that_was_settled_by_others", ["reserve", "confirm", "find"], COMPLETED, "EXPIRED"),
+        ("redeems_what_was_confirmed_in_a_lost_attempt", ["reserve", "confirm", "find"], COMPLETED, "COMPLETED"),
+        ("redeems_what_is_made_while_it_looks", ["find", "reserve", "find", "expire"], COMPLETED, "EXPIRED"),
+        ("redeems_not_after_a_fault_of_a_call", ["reserve", "confirm", "find", "expire"], COMPLETED, "EXPIRED"),
         ("redeems_and_is_reversed_later", ["reserve", "confirm", "reverse"], COMPLETED, "FULLY_REVERSED"),
     ],
 )
@@ -94,6 +127,10 @@ async def test_a_smaller_amount_reaches_the_step(env: WorkflowEnvironment, scena
         ("redeems_nothing_when_refused", "insufficient_balance"),
         ("redeems_what_was_made_before_with_the_key", "idempotency_conflict"),
         ("redeems_not_what_is_refused", "bad_request"),
+        ("redeems_nothing_that_is_gone_when_confirmed", "not_found"),
+        ("redeems_nothing_that_was_settled_by_others", "redemption_not_pending"),
+        ("redeems_what_was_confirmed_in_a_lost_attempt", "service_unavailable"),
+        ("redeems_not_after_a_fault_of_a_call", "service_unavailable"),
     ],
 )
 async def test_a_refusal_reaches_the_caller_as_it_was(env: WorkflowEnvironment, scenario: str, code: str) -> None:
@@ -136,6 +173,121 @@ async def test_an_operator_sees_how_it_stands_and_why_an_order_was_refused(env: 
     assert "Last order, confirm, was refused: participant is SUSPENDED." in played.page
     for signal in ("confirm", "cancel", "expire_now"):
         assert f'name: "{signal}"' in played.page
+
+
+@pytest.mark.parametrize(
+    ("signal", "sent"),
+    [
+        ("confirm", [{"amout": "60"}]),
+        ("confirm", [{"amount": "60", "note": "x"}]),
+        ("confirm", [{"amount": 60}]),
+        ("confirm", [{"amount": None}]),
+        ("confirm", [{"amount": ""}]),
+        ("confirm", [{"quantity": True}]),
+        ("confirm", [{"quantity": "1"}]),
+        ("confirm", [{"quantity": 0}]),
+        ("confirm", [{"quantity": 1.0}]),
+        ("confirm", ["60"]),
+        ("confirm", [60]),
+        ("confirm", [True]),
+        ("confirm", [["60"]]),
+        ("confirm", [{"amount": "60"}, {"amount": "70"}]),
+        ("cancel", [5]),
+        ("cancel", [{"reason": "x"}]),
+        ("cancel", [""]),
+        ("cancel", ["x" * 501]),
+        ("cancel", ["sold\0out"]),
+        ("cancel", ["sold", "out"]),
+        ("expire_now", ["please"]),
+        ("confrim", []),
+        ("canecl", ["sold out"]),
+    ],
+)
+async def test_what_is_not_understood_changes_nothing_and_the_operator_sees_why(
+    env: WorkflowEnvironment, signal: str, sent: list[Any]
+) -> None:
+    played = await redemption_scenarios.told(env, signal, *sent)
+
+    assert played.till.steps == ["reserve", "expire"]
+    assert f"Signal \\'{signal}\\' was refused: " in played.page
+
+
+@pytest.mark.parametrize(
+    ("signal", "sent", "step"),
+    [
+        ("confirm", [None], "confirm"),
+        ("confirm", [{}], "confirm"),
+        ("confirm", [{"quantity": 1}], "confirm"),
+        ("cancel", [None], BY_AN_OPERATOR),
+        ("cancel", ["x" * 500], f"cancel: {'x' * 500}"),
+        ("expire_now", [None], "expire at once"),
+    ],
+)
+async def test_what_is_understood(env: WorkflowEnvironment, signal: str, sent: list[Any], step: str) -> None:
+    played = await redemption_scenarios.told(env, signal, *sent)
+
+    assert played.till.steps == ["reserve", step]
+
+
+async def test_an_order_that_can_never_succeed_is_shown_and_keeps_nobody_waiting(env: WorkflowEnvironment) -> None:
+    played = await SCENARIOS["redeems_nothing_when_cancelled_after_a_fault"](env)
+
+    assert "Redemption **CANCELED** of 100." in played.page
+    assert "Last order, cancel, failed: DataError: no such thing." in played.page
+    assert played.till.seconds() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("scenario", "step"),
+    [
+        ("redeems_nothing_after_faults_at_its_end", "expire"),
+        ("redeems_nothing_after_faults_at_a_look", "find"),
+        ("redeems_nothing_after_faults_of_a_cancel", BY_AN_OPERATOR),
+    ],
+)
+async def test_what_nobody_ordered_is_repeated_after_longer_and_longer_pauses(
+    env: WorkflowEnvironment, scenario: str, step: str
+) -> None:
+    played = await SCENARIOS[scenario](env)
+
+    at = [second for name, second in zip(played.till.steps, played.till.seconds(), strict=True) if name == step]
+    pauses = [after - before for before, after in pairwise(at)]
+    assert pauses == [2**n for n in range(len(pauses))]
+
+
+async def test_an_order_for_another_redemption_is_refused(env: WorkflowEnvironment) -> None:
+    till = Till(env)
+    async with redemption_scenarios.serving(till):
+        await till.reserve()
+        other, stranger = replace(till, redemption_id=new_id()), replace(till, organization_id=new_id())
+        for asking in (other, stranger):
+            for call in (asking.reserve, asking.confirm, asking.cancel, asking.reverse):
+                with pytest.raises(WorkflowUpdateFailedError) as refused:
+                    await call(of=till)
+                assert isinstance(refused.value.cause, ApplicationError)
+                assert refused.value.cause.type == "another_redemption"
+        played = await redemption_scenarios.ended(till)
+
+    assert played.till.steps == ["reserve", "expire"]
+
+
+async def test_a_suggested_new_run_waits_for_the_step_under_way_without_looking(env: WorkflowEnvironment) -> None:
+    suggested = False
+    till = Till(env, gates={"confirm": asyncio.Event()})
+    with patch.object(Info, "is_continue_as_new_suggested", lambda _: suggested):
+        async with redemption_scenarios.serving(till, workflow_runner=UnsandboxedWorkflowRunner()):
+            await till.reserve()
+            asking = asyncio.create_task(till.confirm())
+            await till.reached["confirm"].wait()
+            suggested = True
+            await till.handle.signal("confirm", "a typo")
+            await until_seen(till.handle, "WORKFLOW_EXECUTION_SIGNALED")
+            till.gates["confirm"].set()
+            await asking
+            played = await redemption_scenarios.ended(till)
+
+    assert (played.status, played.result) == (COMPLETED, "COMPLETED")
+    assert played.till.steps == ["reserve", "confirm"]
 
 
 async def test_nothing_is_forgotten_when_it_continues_as_new(env: WorkflowEnvironment) -> None:

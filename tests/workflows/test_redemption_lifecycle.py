@@ -1,6 +1,7 @@
 """Two-step redemptions through the API, on real servers. Contract: redemptions.md 3; docs/two-step.md."""
 
 import asyncio
+import gc
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import psycopg
 import pytest
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
 
-from db.session import Database
+from db.session import Database, Transaction
 from domain import faults, two_step
 from domain.ids import keyed_id, new_id
 from settings import Settings
@@ -85,6 +86,10 @@ class Counter:
 
     def handle(self, redemption_id: UUID, run_id: str | None = None) -> WorkflowHandle[Any, Any]:
         return self.temporal.get_workflow_handle(redemption.workflow_id(redemption_id), run_id=run_id)
+
+    async def page(self, redemption_id: UUID) -> str:
+        """What an operator reads on the page of the newest run."""
+        return str(await self.handle(redemption_id).query("__temporal_workflow_metadata"))
 
     async def closed(self, redemption_id: UUID, run_id: str | None = None) -> WorkflowExecutionStatus | None:
         """How the workflow's newest run, or the one that is named, has ended, once it has."""
@@ -216,6 +221,41 @@ class TestWithAWorker:
         assert await counter.status(made) == status
         assert await counter.money() == money
 
+    async def test_a_typo_of_an_operator_takes_nothing_and_is_shown(self, counter: Counter) -> None:
+        made = await counter.made("100")
+
+        await counter.handle(made).signal("confirm", {"amout": "60"})
+
+        assert "was refused: it takes nothing, " in await counter.page(made)
+        assert (await counter.status(made), await counter.money()) == ("PENDING", ("50", "100"))
+        await counter.handle(made).signal("confirm", {"amount": "60"})
+        assert await counter.handle(made).result() == "COMPLETED"
+        assert await counter.money() == ("90", "0")
+
+    async def test_an_order_that_can_never_succeed_keeps_no_other_from_its_turn(
+        self, counter: Counter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Postgres takes no NUL, and the signal refuses it: this is as if one had got through."""
+        cancel = two_step.cancel
+
+        async def with_nul(tx: Transaction, order: two_step.CancelOrder) -> two_step.RedemptionState:
+            reason = "sold\0out" if order.reason == "sold out" else order.reason
+            return await cancel(tx, replace(order, reason=reason))
+
+        monkeypatch.setattr(two_step, "cancel", with_nul)
+        made = await counter.made("100")
+        await counter.handle(made).signal("cancel", "sold out")
+
+        async def is_shown() -> bool:
+            return "Last order, cancel, failed: DataError: " in await counter.page(made)
+
+        await eventually(is_shown)
+        assert (await counter.status(made), await counter.money()) == ("PENDING", ("50", "100"))
+        await counter.handle(made).cancel()
+
+        assert await counter.closed(made) == CANCELED
+        assert (await counter.status(made), await counter.money()) == ("CANCELED", ("150", "0"))
+
     async def test_temporals_own_cancel_gives_money_and_stock_back(self, counter: Counter) -> None:
         reward_id = await counter.till.reward(max_total=2, unit_cost=d("40"))
         body = {"program_id": str(counter.till.desk.program_id), "reward_id": str(reward_id), "quantity": 2}
@@ -284,7 +324,6 @@ class TestWithAWorker:
 
         answer = await counter.create("100", **key)
 
-        # Without its locks of its own accord: a keyless retry of all that alice has would find nothing otherwise.
         assert (answer.status_code, answer.headers.get("Idempotent-Replayed")) == (201, None)
         assert [made.id for made in await counter.till.listed()] == [UUID(answer.json()["id"])]
         assert await counter.money() == ("50", "100")
@@ -341,6 +380,11 @@ class TestWithAWorker:
         assert (first.status_code, second.status_code) == (201, 201)
         assert second.json()["amount"] == "70.00"
         assert await counter.handle(made).result() == "FULLY_REVERSED"
+        description = await counter.handle(made).describe()
+        assert await description.static_summary() == "Reversal of a redemption"
+        assert description.search_attributes["ScripStatus"] == ["FULLY_REVERSED"]
+        begun = (await counter.handle(made).fetch_history()).events[0].workflow_execution_started_event_attributes
+        assert "ScripStatus" not in begun.search_attributes.indexed_fields
         assert await counter.money() == ("150", "0")
         problem(await counter.reverse(made), 422, "already_fully_reversed")
 
@@ -431,6 +475,38 @@ class TestWithAWorker:
             assert answer.status_code == (200 if status == wanted else 409)
         assert await counter.money() == (("50", "0") if status == "COMPLETED" else ("150", "0"))
         assert await counter.till.desk.entries("REDEMPTION") + await counter.till.desk.entries("RELEASE") == 1
+
+    @pytest.mark.parametrize(("call", "wanted"), [("confirm", "COMPLETED"), ("cancel", "CANCELED")])
+    @pytest.mark.parametrize("milliseconds", [30, 80, 200])
+    async def test_of_a_call_and_the_real_timer_exactly_one_wins(
+        self, counter: Counter, monkeypatch: pytest.MonkeyPatch, call: str, wanted: str, milliseconds: int
+    ) -> None:
+        expiry = timedelta(milliseconds=milliseconds)
+        monkeypatch.setattr(sys.modules["domain.redemptions.create"], "DEFAULT_EXPIRY", expiry)
+        made = UUID((await counter.create("100")).json()["id"])
+
+        answer = await getattr(counter, call)(made)
+
+        await counter.closed(made)
+        status = await counter.status(made)
+        assert (answer.status_code, status) in ((200, wanted), (409, "EXPIRED"))
+        assert await counter.money() == (("50", "0") if status == "COMPLETED" else ("150", "0"))
+        assert await counter.till.desk.entries("REDEMPTION") + await counter.till.desk.entries("RELEASE") == 1
+
+
+async def test_a_call_that_temporal_refuses_leaves_no_complaint_of_asyncios(
+    client_of: ClientOf, counter: Counter
+) -> None:
+    """The start fails together with the update. Nobody asks for its result, and asyncio logs such failures."""
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    nowhere = Client(counter.temporal.service_client, namespace="nowhere")
+    alone = replace(counter, client=await client_of(Gateway(lambda: asyncio.sleep(0, nowhere), timeout_s=0.5)))
+
+    problem(await alone.create(), 503, "service_unavailable")
+
+    gc.collect()
+    assert complaints == []
 
 
 async def test_without_temporal_nothing_is_reserved_and_the_answer_is_503(cut_off: Counter) -> None:
