@@ -210,6 +210,16 @@ def _reconciler(gateway: Gateway, database: Database) -> Callable[[Callable[[], 
     return run_reconcile
 
 
+async def keep_schedules(client: Client) -> None:
+    """Make Scrip's schedules now and every five minutes: a Temporal that lost its data has none. Never returns."""
+    while True:
+        try:
+            await ensure_schedules(client)
+        except RPCError as error:
+            logger.warning("schedules could not be made, trying again: %s", error)
+        await asyncio.sleep(limits.SCHEDULES_INTERVAL_S)
+
+
 async def keep_reconciled(database: Database, gateway: Gateway) -> None:
     """Start what is missing now, then look for lost wakes every two seconds. Never returns."""
     look, look_at_broadcasts = reconcile, reconcile_broadcasts
@@ -264,13 +274,13 @@ async def run(settings: Settings) -> None:
     if client is None:
         return
     await register_search_attributes(client)
-    await ensure_schedules(client)
     database = Database(settings.database_url.get_secret_value(), size=2, timeout_s=10, clock=system_clock)
     await database.open()
     gateway = Gateway.from_settings(settings)
     executor = ThreadPoolExecutor(settings.worker_drains, thread_name_prefix="drain")
     lost_wakes = asyncio.create_task(keep_reconciled(database, gateway))
-    timers = [lost_wakes, asyncio.create_task(start_missing_workflows(database, gateway))]
+    once = asyncio.create_task(start_missing_workflows(database, gateway))
+    timers = [lost_wakes, once, asyncio.create_task(keep_schedules(client))]
     try:
         async with build_worker(client, settings, system_clock, executor):
             if settings.worker_ready_file is not None:

@@ -8,6 +8,7 @@ How far each has come is in Postgres. docs/automations.md.
 import asyncio
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from temporalio import workflow
@@ -23,6 +24,7 @@ with workflow.unsafe.imports_passed_through():
     )
     from workflows import queues
     from workflows.shield import through_cancel
+    from workflows.signals import sent_id
     from workflows.summaries import summary
 
 IDLE_LIMIT = timedelta(minutes=1)
@@ -66,9 +68,11 @@ class Broadcasts:
         self._woken = True
 
     @workflow.signal(description="Cancel one broadcast for good, at its next batch; its automation's id.")
-    def cancel(self, automation_id: UUID) -> None:
+    def cancel(self, *sent: Any) -> None:
         """Cancel one broadcast for good, at its next batch."""
-        self._orders.append(automation_id)
+        automation_id = sent_id("cancel", sent, self._orders)
+        if automation_id is not None:
+            self._orders.append(automation_id)
 
     @workflow.run
     async def run(self, request: BroadcastsInput) -> None:

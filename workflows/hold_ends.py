@@ -5,8 +5,10 @@ workflow sleeps until the next end that Postgres knows, and one activity ends wh
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from temporalio import workflow
@@ -18,6 +20,7 @@ with workflow.unsafe.imports_passed_through():
     from domain.hold_ends import Order
     from workflows import queues
     from workflows.shield import through_cancel
+    from workflows.signals import sent_id
     from workflows.summaries import summary
 
 IDLE_LIMIT = timedelta(minutes=1)
@@ -64,14 +67,19 @@ class HoldEnds:
         self._woken = True
 
     @workflow.signal(description="Release what remains of one hold now; the argument is its id.")
-    def release(self, hold_id: UUID) -> None:
+    def release(self, *sent: Any) -> None:
         """Release what remains of one hold now."""
-        self._orders.append((hold_id, "RELEASE"))
+        self._take_order("release", sent, "RELEASE")
 
     @workflow.signal(description="Forfeit what remains of one hold now, for good; the argument is its id.")
-    def forfeit(self, hold_id: UUID) -> None:
+    def forfeit(self, *sent: Any) -> None:
         """Forfeit what remains of one hold now, for good."""
-        self._orders.append((hold_id, "FORFEIT"))
+        self._take_order("forfeit", sent, "FORFEIT")
+
+    def _take_order(self, signal: str, sent: Sequence[Any], order: Order) -> None:
+        hold_id = sent_id(signal, sent, self._orders)
+        if hold_id is not None:
+            self._orders.append((hold_id, order))
 
     @workflow.run
     async def run(self, request: HoldEndsInput) -> None:

@@ -50,7 +50,7 @@ async def wake(handle: WorkflowHandle[Any, Any]) -> None:
 
 async def cancel_one(handle: WorkflowHandle[Any, Any]) -> None:
     """Cancel a broadcast, as an operator does."""
-    await handle.signal(Broadcasts.cancel, AUTOMATION_ID)
+    await handle.signal("cancel", AUTOMATION_ID)
 
 
 async def cancel_the_workflow(handle: WorkflowHandle[Any, Any]) -> None:

@@ -366,6 +366,9 @@ async def _ordered(env: WorkflowEnvironment) -> Played:
     bank.state = await bank.until(WEEK)
     async with serving(env, bank):
         handle = await bank.wake()
+        await handle.signal("forfeit", args=[bank.hold_id, "and this"])
+        await handle.signal("release", 60)
+        await handle.signal("release")
         await handle.signal("forfeit", bank.hold_id)
         await handle.signal("run_now")
         return await ended(bank, handle)

@@ -28,7 +28,6 @@ from worker import build_worker
 from workflows import hold, hold_ends, queues
 from workflows.gateway import Gateway, TemporalUnavailable
 from workflows.hold import Hold
-from workflows.hold_ends import HoldEnds
 from workflows.reconcile import CarriedHolds, reconcile_holds
 
 
@@ -289,7 +288,7 @@ class TestWithAWorker:
         await handle.signal(Hold.release)
         assert await handle.result() == "RELEASED"
         ends = temporal.get_workflow_handle(hold_ends.workflow_id(shop.program_id))
-        await ends.signal(HoldEnds.release, carried)
+        await ends.signal("release", carried)
 
         async def is_released() -> bool:
             return await desk.buckets() == ("100", "0", "0")

@@ -212,29 +212,6 @@ async def test_a_backlog_that_outlasts_the_step_is_for_another_round(
     assert report.counts["expired"] == 1
 
 
-async def test_a_backlog_that_outlasts_the_step_is_for_another_round(
-    upkeep: UpkeepActivities, desk: Desk, clock: SettableClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From the first organization on: all get a slice again."""
-    for _ in range(3):
-        await desk.grant("1", expires_at=ONE_O_CLOCK)
-    clock.set(ONE_O_CLOCK)
-    monkeypatch.setattr("domain.limits.DUE_LOTS", 1)
-    monkeypatch.setattr(domain.Sweep.go_on, "__defaults__", (1,))
-    pages, over = iter([[desk.organization_id], []]), iter([False, False])
-
-    async def next_page(*_: Any) -> list[UUID]:
-        return next(pages)
-
-    monkeypatch.setattr("activities.upkeep.organizations_after", next_page)
-    monkeypatch.setattr("activities.upkeep._Span.is_over", lambda _: next(over, True))
-
-    report = await step(upkeep.sweep, UpkeepRequest(None))
-
-    assert (report.after, report.finished, report.organizations) == (None, False, 0)
-    assert report.counts["expired"] == 1
-
-
 async def test_a_step_that_is_cancelled_stops_after_the_batch_under_way(
     upkeep: UpkeepActivities, new_organization: Callable[[], Tenant]
 ) -> None:
