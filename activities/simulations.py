@@ -13,7 +13,7 @@ from db.session import Database
 from domain import faults, limits
 from domain.events.drain import TRANSIENT
 from domain.simulations import records
-from domain.simulations.batches import UNREADABLE, Advance, advance
+from domain.simulations.batches import Advance, advance, learn_rules
 from domain.simulations.beginnings import TooMuchToSimulate
 
 logger = logging.getLogger("scrip.simulations")
@@ -62,7 +62,7 @@ class SimulationActivities:
 
     @activity.defn(name="cancel_simulation", no_thread_cancel_exception=True)
     def cancel_simulation(self, step: SimulationStep) -> None:
-        """Cancel the simulation, after the batch in work; one that has ended stays as it is."""
+        """Cancel the simulation, the batch in work included; one that has ended stays as it is."""
         self._databases.run(lambda database: self._cancel(database, step))
 
     async def _simulate(self, database: Database, step: SimulationStep, *, is_repeated: bool) -> SimulationReport:
@@ -77,8 +77,6 @@ class SimulationActivities:
             raise
         except TooMuchToSimulate as error:
             await self._fail(database, step, str(error))
-        except UNREADABLE as error:
-            await self._fail(database, step, f"a rule does not compile any more: {error}")
         except Exception as error:
             logger.exception("a simulation failed", extra={"simulation_id": str(step.simulation_id)})
             await self._fail(database, step, f"simulating failed: {type(error).__name__}")
@@ -87,10 +85,14 @@ class SimulationActivities:
     async def _carry_on(self, database: Database, step: SimulationStep) -> SimulationReport:
         ends_at = time.monotonic() + limits.SIMULATION_S
         beat = _Beat()
+        await learn_rules(database, step.organization_id, step.simulation_id, beat)
         await database.repeat(step.organization_id, lambda tx: records.wait_for_batches(tx, step.simulation_id))
         while True:
-            async with database.transaction(step.organization_id) as tx:
-                done = await advance(tx, step.simulation_id, beat) or _GONE
+            try:
+                async with database.transaction(step.organization_id) as tx:
+                    done = await advance(tx, step.simulation_id, beat) or _GONE
+            except records.Ended:
+                continue
             await faults.reach("simulation.committed")
             beat()
             if done.status not in records.OPEN:

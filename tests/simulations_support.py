@@ -96,5 +96,7 @@ def plain(evaluations: Any) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         # The id of a target stays: it is known by its type.
-        return {name: _plain(part) for name, part in value.items() if name not in _OWN or (name == "id" and "type" in value)}
+        return {
+            name: _plain(part) for name, part in value.items() if name not in _OWN or (name == "id" and "type" in value)
+        }
     return [_plain(part) for part in value] if isinstance(value, list) else value

@@ -18,6 +18,7 @@ from benchmarks.cases import (
     redemptions,
     rule_holds,
     rules,
+    simulation,
     single,
     temporal_cost,
     transfers,
@@ -45,6 +46,7 @@ CASES: tuple[Case, ...] = (
     lots.CASE,
     parallel_programs.CASE,
     broadcast.CASE,
+    simulation.CASE,
     balance_read.CASE,
     growth.CASE,
 )

@@ -119,13 +119,15 @@ async def read_past(tx: Transaction, program_id: UUID, after: tuple[datetime, in
         "after_at": after[0],
         "after_seq": after[1],
         "until": until,
-        "limit": most,
+        "limit": most + 1,
     }
     rows = await (await tx.execute(_READ, params)).fetchall()
     events = [_past_event(row) for row in rows]
-    batches = [PastBatch(_in_order(list(group))) for _, group in groupby(events, key=lambda e: e.processed_at)]
-    # The last one may go on beyond what was read.
-    return batches[:-1] if len(events) == most and len(batches) > 1 else batches
+    if len(events) > most:
+        # The one too many says which batch may go on beyond what was read.
+        whole = [event for event in events if event.processed_at != events[-1].processed_at]
+        events = whole or events[:most]
+    return [PastBatch(_in_order(list(group))) for _, group in groupby(events, key=lambda e: e.processed_at)]
 
 
 async def count_past(tx: Transaction, program_id: UUID, since: datetime, until: datetime) -> int:

@@ -1,9 +1,9 @@
 """Simulations: a rule set run against past events. Contract: README.md "Simulations", rules-and-events.md 7.6.
 
-The rule that carries all others: a simulation of the rules as they are reproduces what really happened, exactly. Method:
-drawn rules meet drawn events in batches of odd sizes, while others do whatever the API lets them do to the same holders
-and time goes by, with upkeep coming or not; then every event of the simulation must end as it really did, with the same
-evaluation records, digit by digit, from the program's beginning as well as from any moment in between.
+The rule that carries all others: a simulation of the rules as they are reproduces what really happened, exactly.
+Method: drawn rules meet drawn events in batches of odd sizes, while others do whatever the API lets them do to the same
+holders and time goes by, with upkeep coming or not; then every event of the simulation must end as it really did, with
+the same evaluation records, digit by digit, from the program's beginning as well as from any moment in between.
 """
 
 from collections.abc import Callable
@@ -109,8 +109,8 @@ STEPS = st.one_of(
 
 
 @given(
-    rules=st.lists(st.sampled_from(range(len(RULES))), min_size=2, max_size=10, unique=True),
-    steps=st.lists(STEPS, min_size=2, max_size=14),
+    rules=st.lists(st.sampled_from(range(len(RULES))), min_size=4, max_size=14, unique=True),
+    steps=st.lists(STEPS, min_size=6, max_size=24),
     policy=st.sampled_from(["CREATE", "CREATE", "REJECT"]),
     page=st.sampled_from([3, 7, 400]),
 )
