@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from db import json
@@ -25,7 +25,7 @@ from domain.ledger.journal import load_accounts
 from domain.ledger.lots import LotStatus, Selection
 from domain.ledger.movements import Position
 from domain.ledger.shelves import Shelf, Shelves
-from domain.money import ZERO
+from domain.money import EXACT, ZERO
 from domain.rules.budgets import Budget, BudgetBook
 from domain.simulations.beginnings import JUST_BEFORE, read_beginnings, read_budgets
 from domain.simulations.dues import Bookings, Due, Dues, read_bookings
@@ -43,8 +43,11 @@ from domain.simulations.holders import Kind, Snapshot
 from domain.simulations.meanwhile import Meanwhile, Operation, StateChange, read_meanwhile
 from domain.simulations.past import PastBatch, PastEvent, Place
 from domain.simulations.repeats import Repeater, repeat_change
+from domain.simulations.tallies import issues_of
 
 _OPEN: tuple[LotStatus, ...] = ("DEFERRED", "AVAILABLE", "HELD")
+
+Item = TypeVar("Item", Operation, StateChange)
 
 Play = list[tuple[PastEvent, Outcome]]
 """Simulated events with their outcomes, in their order."""
@@ -291,8 +294,13 @@ class _Pass:
         self._dues = Dues(self._world, self._frame, stage.bookings)
         self._waiting = sorted(stage.entities.values(), key=lambda entity: entity.created_at, reverse=True)
         self._changing = [entity.id for entity in stage.entities.values() if entity.changes]
-        self._operations = [o for o in stage.meanwhile.operations if self._end.is_after(o.at, o.sequence)]
-        self._changes = [change for change in stage.meanwhile.changes if change.at <= self._end.at]
+        operations = [o for o in stage.meanwhile.operations if self._end.is_after(o.at, o.sequence)]
+        changes = [change for change in stage.meanwhile.changes if change.at <= self._end.at]
+        # What an event did that is left out has its place among the events of its batch.
+        self._operations = [operation for operation in operations if operation.event_id not in stage.left_out]
+        self._changes = [change for change in changes if change.event_id not in stage.left_out]
+        self._operations_of = _by_event(operations, stage.left_out)
+        self._changes_of = _by_event(changes, stage.left_out)
 
     def run(self) -> Played:
         """Play the batches as far as time goes, and do again what others did until then."""
@@ -391,7 +399,7 @@ class _Pass:
         outcomes: Play = []
         for past in batch.events:
             if past.event.id in self._stage.left_out:
-                self._repeat(past.event.id)
+                self._repeat(past)
             else:
                 outcomes.append((past, self._apply(past)))
                 self._dues.notice()
@@ -432,16 +440,22 @@ class _Pass:
         self._dues.book(place)
         self._at = place.at
 
-    def _repeat(self, event_id: UUID) -> None:
+    def _repeat(self, past: PastEvent) -> None:
         """Do again what an event did that is left out."""
-        for operation in [o for o in self._operations if o.event_id == event_id]:
-            self._operations.remove(operation)
+        for operation in self._operations_of.get(past.event.id, ()):
             self._do_again(operation)
-        touched = set()
-        for change in [c for c in self._changes if c.event_id == event_id]:
-            self._changes.remove(change)
-            touched.add(self._change(change))
+        touched = {self._change(change) for change in self._changes_of.get(past.event.id, ())}
         self._keep_up(self._at, touched)
+        if past.is_completed:
+            for rule_id, asset_id, amount in issues_of(past.evaluations):
+                self._charge(rule_id, asset_id, amount, past.processed_at)
+
+    def _charge(self, rule_id: UUID, asset_id: UUID, amount: Decimal, now: datetime) -> None:
+        """Charge a rule's budget, if it has one, with what it really issued, as far as that goes."""
+        for budget in self._budgets:
+            if (budget.rule_id, budget.asset_id) == (rule_id, asset_id):
+                room = max(ZERO, EXACT.subtract(budget.maximum, budget.consumed_at(now)))
+                self._world.budgets.consume(rule_id, asset_id, min(amount, room), now)
 
     def _do_again(self, operation: Operation) -> None:
         self._admit(operation.at)
@@ -478,6 +492,15 @@ class _Pass:
         for asset_id, archived_at in self._frame.archived_at.items():
             if archived_at <= at:
                 world.assets[asset_id] = replace(world.assets[asset_id], is_archived=True)
+
+
+def _by_event(items: Iterable[Item], event_ids: Collection[UUID]) -> dict[UUID, list[Item]]:
+    """Those items that these events did, by the event."""
+    found: dict[UUID, list[Item]] = {}
+    for item in items:
+        if item.event_id is not None and item.event_id in event_ids:
+            found.setdefault(item.event_id, []).append(item)
+    return found
 
 
 def _known_part(batches: Sequence[PastBatch], meanwhile: Meanwhile) -> tuple[list[PastBatch], Place]:

@@ -1,9 +1,10 @@
 """Figures per rule, counted from evaluation records: the same way for simulated events and for what really happened."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 from domain.money import EXACT, ZERO
 
@@ -57,12 +58,24 @@ class Tally:
     def _add_action(self, action: Mapping[str, Any]) -> None:
         if action["type"] == "CREDIT":
             asset_id = str(action["asset_id"])
-            amount = Decimal(action["settle"]["delta"] if "settle" in action else action["amount"])
-            self.issued[asset_id] = EXACT.add(self.issued.get(asset_id, ZERO), amount)
+            self.issued[asset_id] = EXACT.add(self.issued.get(asset_id, ZERO), _issued(action))
         elif action["type"] == "SCHEDULE_EVENT":
             self.scheduled_events += 1
         elif action["type"] == "BROADCAST":
             self.broadcasts += 1
+
+
+def issues_of(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[UUID, UUID, Decimal]]:
+    """What rules have issued by these records of an event that is COMPLETED: rule, asset, amount."""
+    for record in records:
+        for action in record.get("actions", ()):
+            if action["type"] == "CREDIT":
+                yield UUID(str(record["rule_id"])), UUID(str(action["asset_id"])), _issued(action)
+
+
+def _issued(credit: Mapping[str, Any]) -> Decimal:
+    """What a CREDIT drew from its source; negative where a settle gave back."""
+    return Decimal(credit["settle"]["delta"] if "settle" in credit else credit["amount"])
 
 
 _COUNTS = ("matches", "failed", "skipped_budget", "errors", "scheduled_events", "broadcasts")

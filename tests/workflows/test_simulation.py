@@ -172,7 +172,7 @@ async def test_a_step_that_has_no_more_time_reports_how_far_it_is(
 
     reports = [await taken(simulations, step) for _ in range(3)]
 
-    assert [report.events_done for report in reports] == [4, 8, 12]
+    assert [report.events_done for report in reports] == [5, 10, 12]
     assert {report.status for report in reports} == {"RUNNING"}
     assert (await row(program, step)).events_total == EVENTS
 
@@ -192,7 +192,7 @@ async def test_wherever_it_is_lost_it_goes_on_behind_the_last_committed_batch(
         patch.setattr(faults, "InjectedFault", Lost)
         with faults.arm(f"{point}=fail@2"), pytest.raises(Lost):
             await taken(simulations, step)
-    assert (await row(program, step)).events_done == (8 if point == "simulation.committed" else 4)
+    assert (await row(program, step)).events_done == (10 if point == "simulation.committed" else 5)
     report = await taken(simulations, step, attempt=2)
 
     assert (report.status, report.events_done) == ("COMPLETED", EVENTS)
@@ -271,7 +271,7 @@ async def test_a_cancel_does_not_wait_for_a_batch_and_undoes_it(
     monkeypatch.setattr(Stage, "save", save_while_cancelled)
     report = await taken(simulations, step)
 
-    assert (report.status, report.events_done, report.finished) == ("CANCELED", 4, True)
+    assert (report.status, report.events_done, report.finished) == ("CANCELED", 5, True)
     assert await holders(program) == 0
 
 

@@ -232,7 +232,8 @@ def test_a_list_index_may_be_any_integral_number() -> None:
 def test_the_context_of_the_thread_is_neither_used_nor_changed() -> None:
     import decimal
 
-    with decimal.localcontext(prec=3):
+    with decimal.localcontext(prec=3) as context:
+        context.clear_flags()
         assert evaluate("1.23456789 + 1") == Decimal("2.23456789")
         assert evaluate("round(1.23456789, 7)") == Decimal("1.2345679")
         assert not decimal.getcontext().flags[decimal.Inexact]
