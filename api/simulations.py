@@ -191,7 +191,7 @@ async def get_simulation(tx: Tx, id: UUID, simulation_id: UUID) -> JsonResponse:
     return respond_dict(await _shown(tx, await records.get(tx, id, simulation_id)))
 
 
-@router.delete("/programs/{id}/simulations/{simulation_id}", status_code=204, response_class=Response)
+@router.delete("/programs/{id}/simulations/{simulation_id}", status_code=204)
 async def cancel_simulation(tx: Tx, id: UUID, simulation_id: UUID) -> Response:
     """Cancel a simulation; it keeps the figures that it has. One that has ended stays as it is."""
     await programs.get(tx, id)

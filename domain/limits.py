@@ -94,7 +94,7 @@ FAN_OUT_BACKLOG = 2_000
 FAN_OUT_S = 10.0
 LOST_FAN_OUT_S = 10.0
 
-# Simulations. A batch is one transaction; nobody waits for it but whoever cancels the simulation.
+# Simulations. A batch is one transaction, for which nobody waits. A batch of real events has to fit into one.
 SIMULATIONS_AT_ONCE = 5
 SIMULATION_EVENTS = 400
 SIMULATION_RULES_BYTES = 16 * 1024 * 1024

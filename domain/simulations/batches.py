@@ -122,7 +122,7 @@ async def learn_rules(
         return
     async with database.transaction(organization_id) as tx:
         simulation = await records.look_up(tx, simulation_id)
-    if simulation is not None:
+    if simulation is not None and simulation.status in records.OPEN:
         _compile(simulation, progress)
 
 
