@@ -176,11 +176,15 @@ def test_a_one_shot_that_fails_shows_its_errors(world: World) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_each_stop_signal_ends_the_wait_and_stops_the_children(world: World, number: signal.Signals) -> None:
-    with world.keeper() as keeper:
-        keeper.start(world.child("api"))
-        keeper.wait_ready("api")
-        os.kill(os.getpid(), number)
-        keeper.watch()
+    before = signal.signal(number, signal.SIG_DFL)  # whoever runs the tests may have it ignored
+    try:
+        with world.keeper() as keeper:
+            keeper.start(world.child("api"))
+            keeper.wait_ready("api")
+            os.kill(os.getpid(), number)
+            keeper.watch()
+    finally:
+        signal.signal(number, before)
     assert world.ended() == ["api"]
 
 
