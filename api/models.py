@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from domain.clock import format_timestamp
 from domain.errors import bad_field
+from domain.idempotency import OUR_KEYS, is_ours
 
 Item = TypeVar("Item")
 
@@ -105,8 +106,8 @@ def _read_integer(value: Any) -> Any:
 
 
 def _refuse_automation_keys(key: str) -> str:
-    if key.startswith("automation:"):
-        message = "keys that begin with automation: are reserved"
+    if is_ours(key):
+        message = f"keys that begin with {OUR_KEYS} are reserved"
         raise PydanticCustomError("reserved", message, {"expected": "another key"})
     return key
 

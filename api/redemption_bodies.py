@@ -11,7 +11,7 @@ from domain.clock import format_timestamp
 from domain.money import format_amount
 from domain.redemptions import Redemption, RedemptionStatus, Reversal
 
-Quantity = Annotated[Integer, Field(ge=1, le=limits.UNITS_PER_REDEMPTION)]
+Quantity = Annotated[Integer, Field(ge=1, le=limits.REWARD_UNITS)]
 """How many units of an item."""
 
 

@@ -15,6 +15,7 @@ import orjson
 from db import json
 from db.session import Transaction
 from domain.events.ingest import NewEvent, payload_hash
+from domain.idempotency import OUR_KEYS
 from domain.ids import event_id
 
 
@@ -38,7 +39,7 @@ def event_key(automation_id: UUID, scheduled_at: datetime, participant_id: UUID 
     """The idempotency key of the event of this firing; `participant_id` in a fan-out. Contract: B6."""
     # Always with microseconds: the key of an instant must not depend on how instants are printed elsewhere.
     instant = scheduled_at.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
-    key = f"automation:{automation_id}:{instant}"
+    key = f"{OUR_KEYS}{automation_id}:{instant}"
     return key if participant_id is None else f"{key}:{participant_id}"
 
 

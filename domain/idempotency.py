@@ -33,6 +33,15 @@ OPERATIONS = frozenset(
 )
 
 
+OUR_KEYS = "automation:"
+"""Begins the keys that Scrip makes itself; the API refuses them from callers. Contract: README.md "Idempotency"."""
+
+
+def is_ours(key: str | None) -> bool:
+    """Whether the key is one of ours: then there is nothing to replay for a caller, only a step that was repeated."""
+    return key is not None and key.startswith(OUR_KEYS)
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """What came of claiming a key: `result` is the first use's, whether that is this call or an earlier one."""

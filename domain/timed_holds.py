@@ -9,20 +9,21 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from db.session import Transaction
-from domain import balances
+from domain import balances, limits
 from domain.balances import Holder, OperationRequest, OperationResult
 from domain.errors import bad_field
 from domain.hold_ends import HoldState, find_hold
+from domain.idempotency import OUR_KEYS, is_ours
 from domain.ids import keyed_id, new_id
 from domain.in_time import latest_instant, refuse_late
 
 TOO_LATE = "the hold could not be made in time; nothing is reserved"
 """What the caller of a reservation hears that was not made."""
 
-LONGEST = timedelta(days=36_525)
+LONGEST = timedelta(days=limits.TERM_DAYS)
 """The longest that a hold may last: a hundred years."""
 
-_OWN_KEY = "automation:hold:"
+_OWN_KEY = f"{OUR_KEYS}hold:"
 """Begins the keys of requests that came without one; the API accepts no such key from callers."""
 
 
@@ -106,5 +107,4 @@ def _require_near_end(request: OperationRequest, now: datetime) -> None:
 
 def _as_asked(reservation: Reservation, result: OperationResult) -> OperationResult:
     """Without a key of the caller's there is nothing to replay, only a step that was repeated."""
-    own = (reservation.request.idempotency_key or "").startswith(_OWN_KEY)
-    return replace(result, replayed=False) if own else result
+    return replace(result, replayed=False) if is_ours(reservation.request.idempotency_key) else result

@@ -15,6 +15,7 @@ from uuid import UUID
 from db.session import Database, Transaction
 from domain import faults, limits, redemptions
 from domain.errors import Refusal
+from domain.idempotency import OUR_KEYS, is_ours
 from domain.ids import keyed_id, new_id
 from domain.in_time import latest_instant, refuse_late
 from domain.locks import lock_participants
@@ -35,7 +36,7 @@ NOT_RESERVED = "the redemption could not be made in time; nothing is reserved"
 NOT_DONE = "the redemption's workflow could not be reached in time; nothing was done"
 """What the caller hears whose confirm, cancel or reversal was not carried out."""
 
-_OWN_KEY = "automation:redemption:"
+_OWN_KEY = f"{OUR_KEYS}redemption:"
 """Begins the keys of requests that came without one; the API accepts no such key from callers."""
 
 _PENDING = """
@@ -239,7 +240,7 @@ async def reserve(tx: Transaction, reservation: Reservation) -> Reserved:
     created = await redemptions.reserve(tx, reservation.request, reservation.redemption_id)
     refuse_late(tx, reservation.not_after, NOT_RESERVED)
     await faults.reach("redemption.reserved")
-    replayed = created.replayed and not _is_own(reservation.request.idempotency_key)
+    replayed = created.replayed and not is_ours(reservation.request.idempotency_key)
     return Reserved(created.redemption.id, replayed, state_of(created.redemption))
 
 
@@ -275,7 +276,7 @@ async def reverse(tx: Transaction, order: ReverseOrder) -> ReversalDone:
     await faults.reach("redemption.reversed")
     state = await find_state(tx, order.redemption_id)
     assert state is not None, "it was reversed"
-    return ReversalDone(done.reversal.id, done.replayed and not _is_own(order.idempotency_key), state)
+    return ReversalDone(done.reversal.id, done.replayed and not is_ours(order.idempotency_key), state)
 
 
 async def expire(tx: Transaction, order: ExpireOrder) -> RedemptionState | None:
@@ -318,7 +319,7 @@ async def outcome_of_reservation(tx: Transaction, reservation: Reservation) -> C
     created = await redemptions.reserve(tx, reservation.request, reservation.redemption_id)
     if not created.replayed:
         raise Refusal("service_unavailable", NOT_RESERVED)
-    return Created(created.redemption, replayed=not _is_own(reservation.request.idempotency_key))
+    return Created(created.redemption, replayed=not is_ours(reservation.request.idempotency_key))
 
 
 async def outcome_of_reversal(tx: Transaction, order: ReverseOrder) -> Reversed:
@@ -326,7 +327,7 @@ async def outcome_of_reversal(tx: Transaction, order: ReverseOrder) -> Reversed:
     done = await redemptions.reverse(tx, order.redemption_id, order.request)
     if not done.replayed:
         raise Refusal("service_unavailable", NOT_DONE)
-    return Reversed(done.reversal, replayed=not _is_own(order.idempotency_key))
+    return Reversed(done.reversal, replayed=not is_ours(order.idempotency_key))
 
 
 async def outcome_of_order(
@@ -356,8 +357,3 @@ async def pending_after(
         assert after.expires_at is not None
         start = (after.organization_id, after.expires_at, after.id)
     return [CarriedRedemption(*row) for row in await database.system_rows(_PENDING, (*start, limit))]
-
-
-def _is_own(key: str | None) -> bool:
-    """Whether the key is one of ours: then there is nothing to replay for a caller, only a step that was repeated."""
-    return key is not None and key.startswith(_OWN_KEY)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -12,6 +13,7 @@ import temporalio.api.enums.v1
 import temporalio.api.operatorservice.v1
 from temporalio.client import Client, WithStartWorkflowOperation, WorkflowUpdateFailedError
 from temporalio.common import (
+    Priority,
     SearchAttributePair,
     TypedSearchAttributes,
     WorkflowIDConflictPolicy,
@@ -19,6 +21,7 @@ from temporalio.common import (
 )
 from temporalio.exceptions import ApplicationError, TemporalError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
+from temporalio.types import MethodAsyncSingleParam
 from temporalio.workflow import UpdateMethodMultiParam
 
 from domain import limits, two_step
@@ -45,6 +48,7 @@ from workflows.summaries import summary
 
 logger = logging.getLogger("scrip.temporal")
 
+Input = TypeVar("Input")
 P = TypeVar("P")
 T = TypeVar("T")
 W = TypeVar("W")
@@ -70,6 +74,16 @@ async def connect(settings: Settings, *, lazy: bool = False) -> Client:
         data_converter=DATA_CONVERTER,
         lazy=lazy,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What a workflow is found by, where the server knows our search attributes."""
+
+    organization_id: UUID
+    program_id: UUID | None = None
+    participant_id: UUID | None = None
+    status: str | None = None
 
 
 class Gateway:
@@ -102,19 +116,50 @@ class Gateway:
 
         Raises RPCError when Temporal is out of reach.
         """
+        await self._start(
+            EventProcessing.run,
+            EventProcessingInput(organization_id, program_id, program_name),
+            workflow_id(program_id),
+            queues.LEDGER,
+            summary(f"Events of {program_name}"),
+            _Shown(organization_id, program_id),
+            start_signal="wake",
+        )
+
+    async def _start(
+        self,
+        run: MethodAsyncSingleParam[Any, Input, Any],
+        argument: Input,
+        id: str,
+        task_queue: str,
+        static_summary: str,
+        shown: "_Shown",
+        *,
+        start_signal: str | None = None,
+        priority: Priority = Priority.default,
+    ) -> bool:
+        """Start a workflow; False where it runs already. With a `start_signal` that is sent to it either way.
+
+        Raises RPCError when Temporal is out of reach.
+        """
         async with self._open_calls:
             client = await self.client()
-            await client.start_workflow(
-                EventProcessing.run,
-                EventProcessingInput(organization_id, program_id, program_name),
-                id=workflow_id(program_id),
-                task_queue=queues.LEDGER,
-                start_signal="wake",
-                id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
-                static_summary=summary(f"Events of {program_name}"),
-                search_attributes=await self._attributes(client, organization_id, program_id),
-                rpc_timeout=self._timeout,
-            )
+            try:
+                await client.start_workflow(
+                    run,
+                    argument,
+                    id=id,
+                    task_queue=task_queue,
+                    start_signal=start_signal,
+                    id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+                    static_summary=static_summary,
+                    search_attributes=await self._attributes(client, shown),
+                    priority=priority,
+                    rpc_timeout=self._timeout,
+                )
+            except WorkflowAlreadyStartedError:
+                return False
+        return True
 
     async def start_verification(self, organization_id: UUID, verification_id: UUID) -> UUID:
         """Start the organization's LedgerVerification; the id of the verification that runs now.
@@ -133,7 +178,7 @@ class Gateway:
                     id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
                     memo={ledger_verification.MEMO_ID: str(verification_id)},
                     static_summary="Verification of the whole ledger",
-                    search_attributes=await self._attributes(client, organization_id),
+                    search_attributes=await self._attributes(client, _Shown(organization_id)),
                     priority=ledger_verification.priority(organization_id),
                     rpc_timeout=self._timeout,
                 )
@@ -148,23 +193,15 @@ class Gateway:
 
         Raises RPCError when Temporal is out of reach.
         """
-        async with self._open_calls:
-            client = await self.client()
-            try:
-                await client.start_workflow(
-                    Simulation.run,
-                    SimulationInput(carried.organization_id, carried.id),
-                    id=simulation.workflow_id(carried.id),
-                    task_queue=queues.LEDGER,
-                    id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
-                    static_summary="Simulation of rules on past events",
-                    search_attributes=await self._attributes(client, carried.organization_id, carried.program_id),
-                    priority=simulation.priority(carried.organization_id),
-                    rpc_timeout=self._timeout,
-                )
-            except WorkflowAlreadyStartedError:
-                return False
-        return True
+        return await self._start(
+            Simulation.run,
+            SimulationInput(carried.organization_id, carried.id),
+            simulation.workflow_id(carried.id),
+            queues.LEDGER,
+            "Simulation of rules on past events",
+            _Shown(carried.organization_id, carried.program_id),
+            priority=simulation.priority(carried.organization_id),
+        )
 
     async def make_hold(self, reservation: Reservation, wait_s: float) -> OperationResult:
         """Make a hold with an end by its workflow, which then carries it; what the reservation did.
@@ -215,9 +252,11 @@ class Gateway:
             static_summary=f"Hold until {format_timestamp(end)}" if end else f"Hold for {request.expires_in}",
             search_attributes=await self._attributes(
                 client,
-                reservation.organization_id,
-                request.program_id,
-                holder.id if holder.type == "PARTICIPANT" else None,
+                _Shown(
+                    reservation.organization_id,
+                    request.program_id,
+                    holder.id if holder.type == "PARTICIPANT" else None,
+                ),
             ),
         )
         return await _update_with_start(client, Hold.reserve, reservation, start, wait_s)
@@ -261,7 +300,7 @@ class Gateway:
         status: RedemptionStatus | None = "PENDING",
     ) -> T:
         """What the update answers. `summary` and `status` are what a run shows that is started for it."""
-        shown = summary or redemption.summary_of(carried.expires_at)
+        shown = _Shown(carried.organization_id, carried.program_id, carried.participant_id, status)
 
         async def ask(left_s: float) -> T:
             client = await self.client()
@@ -272,8 +311,8 @@ class Gateway:
                 task_queue=queues.LIFECYCLE,
                 id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
                 id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
-                static_summary=shown,
-                search_attributes=await self._attributes_of(client, carried, status),
+                static_summary=summary or redemption.summary_of(carried.expires_at),
+                search_attributes=await self._attributes(client, shown),
             )
             return await _update_with_start(client, update, order, start, left_s)
 
@@ -284,22 +323,14 @@ class Gateway:
 
         Raises RPCError when Temporal is out of reach.
         """
-        async with self._open_calls:
-            client = await self.client()
-            try:
-                await client.start_workflow(
-                    Redemption.run,
-                    RedemptionInput(carried.organization_id, carried.id),
-                    id=redemption.workflow_id(carried.id),
-                    task_queue=queues.LIFECYCLE,
-                    id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
-                    static_summary=redemption.summary_of(carried.expires_at),
-                    search_attributes=await self._attributes_of(client, carried),
-                    rpc_timeout=self._timeout,
-                )
-            except WorkflowAlreadyStartedError:
-                return False
-        return True
+        return await self._start(
+            Redemption.run,
+            RedemptionInput(carried.organization_id, carried.id),
+            redemption.workflow_id(carried.id),
+            queues.LIFECYCLE,
+            redemption.summary_of(carried.expires_at),
+            _Shown(carried.organization_id, carried.program_id, carried.participant_id, "PENDING"),
+        )
 
     async def running_redemptions(self, redemption_ids: Collection[UUID]) -> set[UUID]:
         """Which of these redemptions have a workflow that runs, as far as Temporal's visibility knows.
@@ -308,36 +339,19 @@ class Gateway:
         """
         return await self._running([redemption.workflow_id(redemption_id) for redemption_id in redemption_ids])
 
-    async def _attributes_of(
-        self, client: Client, carried: CarriedRedemption, status: RedemptionStatus | None = "PENDING"
-    ) -> TypedSearchAttributes:
-        """What a redemption's workflow is found by; without a status (None) until it has learned it."""
-        found = await self._attributes(client, carried.organization_id, carried.program_id, carried.participant_id)
-        return found if status is None or not len(found) else found.updated(SearchAttributePair(STATUS, status))
-
     async def carry_hold(self, organization_id: UUID, carried: CarriedHold) -> bool:
         """Start the workflow of a hold that exists; False where it runs already.
 
         Raises RPCError when Temporal is out of reach.
         """
-        async with self._open_calls:
-            client = await self.client()
-            try:
-                await client.start_workflow(
-                    Hold.run,
-                    HoldInput(organization_id, carried.id),
-                    id=hold.workflow_id(carried.id),
-                    task_queue=queues.LIFECYCLE,
-                    id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
-                    static_summary=f"Hold until {format_timestamp(carried.expires_at)}",
-                    search_attributes=await self._attributes(
-                        client, organization_id, carried.program_id, carried.participant_id
-                    ),
-                    rpc_timeout=self._timeout,
-                )
-            except WorkflowAlreadyStartedError:
-                return False
-        return True
+        return await self._start(
+            Hold.run,
+            HoldInput(organization_id, carried.id),
+            hold.workflow_id(carried.id),
+            queues.LIFECYCLE,
+            f"Hold until {format_timestamp(carried.expires_at)}",
+            _Shown(organization_id, carried.program_id, carried.participant_id),
+        )
 
     async def running_holds(self, hold_ids: Collection[UUID]) -> set[UUID]:
         """Which of these holds have a workflow that runs, as far as Temporal's visibility knows.
@@ -382,38 +396,30 @@ class Gateway:
 
         To be called once for a batch, not per hold. Raises RPCError when Temporal is out of reach.
         """
-        async with self._open_calls:
-            client = await self.client()
-            await client.start_workflow(
-                HoldEnds.run,
-                HoldEndsInput(organization_id, program_id, program_name),
-                id=hold_ends.workflow_id(program_id),
-                task_queue=queues.LIFECYCLE,
-                start_signal="wake",
-                id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
-                static_summary=summary(f"Ends of holds of {program_name}"),
-                search_attributes=await self._attributes(client, organization_id, program_id),
-                rpc_timeout=self._timeout,
-            )
+        await self._start(
+            HoldEnds.run,
+            HoldEndsInput(organization_id, program_id, program_name),
+            hold_ends.workflow_id(program_id),
+            queues.LIFECYCLE,
+            summary(f"Ends of holds of {program_name}"),
+            _Shown(organization_id, program_id),
+            start_signal="wake",
+        )
 
     async def wake_broadcasts(self, organization_id: UUID, program_id: UUID, program_name: str) -> None:
         """Tell the program's Broadcasts that there may be a new one, starting it if it isn't running.
 
         To be called once for a batch, not per broadcast. Raises RPCError when Temporal is out of reach.
         """
-        async with self._open_calls:
-            client = await self.client()
-            await client.start_workflow(
-                Broadcasts.run,
-                BroadcastsInput(organization_id, program_id, program_name),
-                id=broadcasts.workflow_id(program_id),
-                task_queue=queues.LIFECYCLE,
-                start_signal="wake",
-                id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
-                static_summary=summary(f"Broadcasts of {program_name}"),
-                search_attributes=await self._attributes(client, organization_id, program_id),
-                rpc_timeout=self._timeout,
-            )
+        await self._start(
+            Broadcasts.run,
+            BroadcastsInput(organization_id, program_id, program_name),
+            broadcasts.workflow_id(program_id),
+            queues.LIFECYCLE,
+            summary(f"Broadcasts of {program_name}"),
+            _Shown(organization_id, program_id),
+            start_signal="wake",
+        )
 
     async def is_reachable(self) -> bool:
         """Whether Temporal answers."""
@@ -423,20 +429,16 @@ class Gateway:
         except (RPCError, RuntimeError):
             return False
 
-    async def _attributes(
-        self,
-        client: Client,
-        organization_id: UUID,
-        program_id: UUID | None = None,
-        participant_id: UUID | None = None,
-    ) -> TypedSearchAttributes:
+    async def _attributes(self, client: Client, shown: "_Shown") -> TypedSearchAttributes:
         if not await self._is_searchable(client):
             return TypedSearchAttributes.empty
-        pairs = [SearchAttributePair(ORGANIZATION, str(organization_id))]
-        if program_id is not None:
-            pairs.append(SearchAttributePair(PROGRAM, str(program_id)))
-        if participant_id is not None:
-            pairs.append(SearchAttributePair(PARTICIPANT, str(participant_id)))
+        pairs = [SearchAttributePair(ORGANIZATION, str(shown.organization_id))]
+        if shown.program_id is not None:
+            pairs.append(SearchAttributePair(PROGRAM, str(shown.program_id)))
+        if shown.participant_id is not None:
+            pairs.append(SearchAttributePair(PARTICIPANT, str(shown.participant_id)))
+        if shown.status is not None:
+            pairs.append(SearchAttributePair(STATUS, shown.status))
         return TypedSearchAttributes(pairs)
 
     async def _is_searchable(self, client: Client) -> bool:

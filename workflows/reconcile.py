@@ -6,9 +6,11 @@ the same case, and this is what mends it (`scrip reconcile`, every worker's star
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import TypeVar
 from uuid import UUID
 
 from temporalio.service import RPCError, RPCStatusCode
@@ -17,13 +19,15 @@ from db.session import Database
 from domain import limits
 from domain.events.drain import lane_of, programs_with_events_due_at
 from domain.fan_outs import programs_with_fan_outs
-from domain.hold_ends import CARRIED, OWN, carried_holds, programs_with_ends
+from domain.hold_ends import CARRIED, OWN, CarriedHold, carried_holds, programs_with_ends
 from domain.ledger.verifications import organizations_after
 from domain.simulations.records import open_simulations
-from domain.two_step import pending_after
+from domain.two_step import CarriedRedemption, pending_after
 from workflows.gateway import Gateway
 
 logger = logging.getLogger("scrip.temporal")
+
+Carried = TypeVar("Carried", CarriedHold, CarriedRedemption)
 
 _OUT_OF_REACH = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.CANCELLED)
 _END_OF_TIME = datetime(9999, 1, 1, tzinfo=UTC)
@@ -88,8 +92,7 @@ async def reconcile_redemptions(
     started, after = 0, None
     while page := await pending_after(database, after):
         running = await gateway.running_redemptions([pending.id for pending in page])
-        missing = [pending for pending in page if pending.id not in running]
-        started += sum(await asyncio.gather(*map(gateway.carry_redemption, missing)))
+        started += await _start_missing(page, running, gateway.carry_redemption)
         after = page[-1]
         progress()
     return started
@@ -137,10 +140,16 @@ async def _start_holds(
         if not page:
             return started
         running = await gateway.running_holds([hold.id for hold in page])
-        missing = [hold for hold in page if hold.id not in running]
-        started += sum(await asyncio.gather(*(gateway.carry_hold(organization_id, hold) for hold in missing)))
+        started += await _start_missing(page, running, partial(gateway.carry_hold, organization_id))
         after = page[-1]
         progress()
+
+
+async def _start_missing(
+    page: Sequence[Carried], running: Collection[UUID], carry: Callable[[Carried], Awaitable[bool]]
+) -> int:
+    """Start the workflows of what isn't running, a page at once; how many."""
+    return sum(await asyncio.gather(*(carry(carried) for carried in page if carried.id not in running)))
 
 
 async def _organizations(database: Database) -> AsyncIterator[UUID]:

@@ -43,6 +43,7 @@ with workflow.unsafe.imports_passed_through():
     )
     from workflows.search_attributes import ORGANIZATION, STATUS
     from workflows.shield import through_cancel
+    from workflows.signals import MOST_ORDERS
 
 _STEP_TIMEOUT = timedelta(seconds=30)
 _RETRIES = RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_interval=timedelta(seconds=30))
@@ -52,8 +53,6 @@ _ANSWER_RETRIES = RetryPolicy(
 """How often a caller's order is tried while the database is away. In attempts, as local activities count no time."""
 _SHORTEST_PAUSE, _LONGEST_PAUSE = timedelta(seconds=1), timedelta(hours=1)
 """How long the workflow waits before it repeats what has settled nothing; each time twice as long."""
-_ORDERS = 100
-"""How many orders of operators may wait. More are refused: they can only repeat what the first ones decide."""
 _REASON_LENGTH, _AMOUNT_LENGTH, _NOTE_LENGTH = 500, 100, 500
 
 BY_AN_OPERATOR = "canceled by an operator"
@@ -375,8 +374,8 @@ class Redemption:
 
     def _obey(self, name: str, order_of: Callable[[Sequence[Any]], Order], sent: Sequence[Any]) -> None:
         """Have the order that was sent carried out in its turn, or refuse the signal."""
-        if len(self._orders) >= _ORDERS:
-            self._refuse(name, f"{_ORDERS} orders are waiting already")
+        if len(self._orders) >= MOST_ORDERS:
+            self._refuse(name, f"{MOST_ORDERS} orders are waiting already")
             return
         try:
             self._orders.append(order_of(sent))

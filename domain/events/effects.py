@@ -96,7 +96,8 @@ def _require_open(call: Call) -> None:
 
 
 def _credit(call: Call) -> Result | None:
-    asset, amount = _asset(call), _amount(call)
+    asset = _asset(call)
+    amount = _amount(call, asset)
     reference_id = results.reference(call.action, call.activation)
     if amount == ZERO:
         return _moved(call, asset, amount)
@@ -170,7 +171,8 @@ def _settle(call: Call, asset: AssetTerms, amount: Decimal, reference_id: str) -
 
 
 def _debit(call: Call) -> Result:
-    asset, amount = _asset(call), _amount(call)
+    asset = _asset(call)
+    amount = _amount(call, asset)
     reference_id = results.reference(call.action, call.activation)
     if amount == ZERO:
         return _moved(call, asset, amount)
@@ -191,7 +193,8 @@ def _debit(call: Call) -> Result:
 
 
 def _hold(call: Call) -> Result:
-    asset, amount = _asset(call), _amount(call)
+    asset = _asset(call)
+    amount = _amount(call, asset)
     reference_id = results.reference(call.action, call.activation)
     terms = _hold_terms(call)
     if amount == ZERO:
@@ -206,7 +209,8 @@ def _hold(call: Call) -> Result:
 
 
 def _release(call: Call) -> Result:
-    asset, amount = _asset(call), _amount_or_all(call)
+    asset = _asset(call)
+    amount = _amount_or_all(call, asset)
     reference_id = results.reference(call.action, call.activation)
     if amount == ZERO:
         return _moved(call, asset, ZERO)
@@ -219,7 +223,8 @@ def _release(call: Call) -> Result:
 
 
 def _forfeit(call: Call) -> Result:
-    asset, amount = _asset(call), _amount_or_all(call)
+    asset = _asset(call)
+    amount = _amount_or_all(call, asset)
     reference_id = results.reference(call.action, call.activation)
     if amount == ZERO:
         return _moved(call, asset, ZERO)
@@ -261,9 +266,8 @@ def _asset(call: Call) -> AssetTerms:
     return asset
 
 
-def _amount(call: Call) -> Decimal:
+def _amount(call: Call, asset: AssetTerms) -> Decimal:
     """The amount of the action, checked. Contract: rules-and-events.md 5.4."""
-    asset = _asset(call)
     amount = results.amount(call.action, call.activation, asset.scale)
     cap = asset.max_transaction_amount
     if cap is not None and amount > cap and call.action.type in _CAPPED:
@@ -271,8 +275,8 @@ def _amount(call: Call) -> Decimal:
     return amount
 
 
-def _amount_or_all(call: Call) -> Decimal | None:
-    return None if call.action.amount is None else _amount(call)
+def _amount_or_all(call: Call, asset: AssetTerms) -> Decimal | None:
+    return None if call.action.amount is None else _amount(call, asset)
 
 
 def _position(call: Call, asset: AssetTerms) -> Position:

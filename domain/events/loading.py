@@ -21,7 +21,7 @@ from domain.events.world import AssetTerms, Crowd, Membership, QueuedEvent, Refe
 from domain.ids import new_id
 from domain.ledger import journal
 from domain.ledger.books import Books
-from domain.ledger.shelves import Shelf, Shelves, load_beginnings, load_further
+from domain.ledger.shelves import Shelf, Shelves, load_shelves
 from domain.locks import lock_groups, lock_participants, lock_programs
 from domain.rules.budgets import BudgetBook, load_budgets
 from domain.rules.compiled import Keys, RuleSet
@@ -301,17 +301,16 @@ async def _load_books(
     program_ids: Sequence[UUID],
 ) -> tuple[Books, Shelves]:
     """The accounts of the holders and of the programs with a wallet, and the lots and holds that rules may take."""
-    books, shelves = await journal.load_accounts(tx, [*holder_ids, *program_ids], list(assets)), Shelves()
+    books = await journal.load_accounts(tx, [*holder_ids, *program_ids], list(assets))
     kinds = [
         Shelf(UUID(int=0), asset_id, bucket, assets[asset_id].has_lots)
         for asset_id, bucket in rules.taking
         # AVAILABLE value of a SIMPLE asset lies in no lots and no holds: its account says it all.
         if asset_id in assets and (assets[asset_id].has_lots or bucket == "HELD")
     ]
-    if kinds and holder_ids:
-        await load_beginnings(tx, books, shelves, holder_ids, kinds)
-        await load_further(tx, books, shelves, wanted.shelves, tx.now)
-    return books, shelves
+    if not kinds or not holder_ids:
+        return books, Shelves()
+    return books, await load_shelves(tx, books, holder_ids, kinds, wanted.shelves)
 
 
 async def load_state(tx: Transaction, holders: Iterable[Holder], keys: Keys) -> None:

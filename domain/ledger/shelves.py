@@ -113,13 +113,28 @@ cross join lateral (
 """
 
 
-async def load_beginnings(
+async def load_shelves(
+    tx: Transaction,
+    books: Books,
+    holder_ids: Collection[UUID],
+    kinds: Collection[Shelf],
+    further: dict[Shelf, Decimal | None],
+) -> Shelves:
+    """Read the beginning of each of these kinds of shelves for every holder, and what is wanted `further`.
+
+    `kinds` give asset, bucket and kind only; the shelves in `further` are read until they make their amounts, None to
+    their end. The holds behind HELD lots come with them. The caller holds the holders' locks.
+    """
+    shelves = Shelves()
+    await _load_beginnings(tx, books, shelves, holder_ids, kinds)
+    await _load_further(tx, books, shelves, further)
+    await load_holds(tx, books.holds, {lot.hold_id for lot in books.lots.loaded() if lot.hold_id is not None})
+    return shelves
+
+
+async def _load_beginnings(
     tx: Transaction, books: Books, shelves: Shelves, holder_ids: Collection[UUID], wanted: Collection[Shelf]
 ) -> None:
-    """Read the beginning of each of these shelves for every holder; `wanted` gives asset, bucket and kind only.
-
-    The caller holds the holders' locks.
-    """
     for bucket, has_lots in {(shelf.bucket, shelf.has_lots) for shelf in wanted}:
         assets = sorted({s.asset_id for s in wanted if (s.bucket, s.has_lots) == (bucket, has_lots)})
         params: dict[str, Any] = {
@@ -146,24 +161,19 @@ async def load_beginnings(
                     shelves.complete.add(shelf)
                 else:
                     shelves.read_to[shelf] = (read[-1].created_at, read[-1].id)
-    await load_holds(tx, books.holds, {lot.hold_id for lot in books.lots.loaded() if lot.hold_id is not None})
 
 
-async def load_further(
-    tx: Transaction, books: Books, shelves: Shelves, wanted: dict[Shelf, Decimal | None], now: datetime
-) -> None:
-    """Read these shelves until they make their amounts, None to their end. The caller holds the holders' locks."""
+async def _load_further(tx: Transaction, books: Books, shelves: Shelves, wanted: dict[Shelf, Decimal | None]) -> None:
     for shelf, amount in wanted.items():
         if not shelf.has_lots:
             read_to = await load_oldest_holds(tx, books.holds, shelf.holder_id, shelf.asset_id, amount)
         else:
             every = Selection(shelf.holder_id, shelf.asset_id, shelf.bucket, reference_id=shelf.reference_id)
             # Lots that have expired are read with the others, as an overdraft books them; they pay for nothing.
-            spendable = replace(every, spendable_at=now if shelf.bucket == "AVAILABLE" else None)
+            spendable = replace(every, spendable_at=tx.now if shelf.bucket == "AVAILABLE" else None)
             # By reference all of it is read: it is little, and whoever takes less than all is served too.
             read_to = await load_lots(tx, books.lots, every, None if shelf.reference_id else amount, spendable)
         if read_to is None:
             shelves.complete.add(shelf)
         else:
             shelves.read_to[shelf] = read_to
-    await load_holds(tx, books.holds, {lot.hold_id for lot in books.lots.loaded() if lot.hold_id is not None})

@@ -34,9 +34,6 @@ from domain.redemptions.records import (
 )
 from domain.rewards import Reward
 
-_OWN_KEY = "automation:"
-"""Begins keys that no caller sent, and that are not kept with the redemption."""
-
 _READ = """
 select p.status as program_status, p.redemption_target_type as target_type,
        p.redemption_target_entity_id as target_id,
@@ -292,8 +289,8 @@ def _check_shape(
     if setting.is_unit_based:
         if request.amount is not None:
             raise bad_field("amount", "must not be sent for a UNIT_BASED reward", expected="absent")
-        if request.quantity is not None and not 1 <= request.quantity <= limits.UNITS_PER_REDEMPTION:
-            expected = f"1 to {limits.UNITS_PER_REDEMPTION}"
+        if request.quantity is not None and not 1 <= request.quantity <= limits.REWARD_UNITS:
+            expected = f"1 to {limits.REWARD_UNITS}"
             raise bad_field("quantity", f"must be {expected}", expected=expected, received=request.quantity)
         return None
     if request.quantity is not None and setting.is_unit_based is False:
@@ -417,7 +414,7 @@ def _redemption(
         cancel_reason=None,
         confirm_key=None,
         confirm_hash=None,
-        idempotency_key=None if key is None or key.startswith(_OWN_KEY) else key,
+        idempotency_key=None if idempotency.is_ours(key) else key,
         api_key_id=tx.api_key_id,
         created_at=tx.now,
         updated_at=tx.now,
